@@ -1,0 +1,320 @@
+"""Put quantizers into any diffusers denoiser and take them out again; route t to them; freeze; save and load."""
+
+import copy
+import inspect
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tdq_utils.errors import TDQError
+from tdq_utils.quantizers import (
+    ActivationQuantizer,
+    DynamicStep,
+    Grid,
+    LearnedStep,
+    StaticStep,
+    TableStep,
+    TimeSteps,
+    fake_quantize,
+    mse_step,
+)
+from tdq_utils.sampling import timesteps
+from tdq_utils.temporal import StepGenerator
+
+CALIBRATED = ("minmax", "mse", "table", "tdq")
+DYNAMIC = {"dynamic": "tensor", "dynamic-sample": "sample"}
+METHODS = (*CALIBRATED, *DYNAMIC)
+
+
+class QuantizedLayer(nn.Module):
+    """What a quantized conv or linear layer has beside its original parameters.
+
+    Attributes:
+        activation: :class:`ActivationQuantizer`, or ``None`` for full-precision inputs.
+        weight_grid: :class:`Grid`, or ``None`` for full-precision weights.
+        weight_step: step sizes of the weights, one for each output channel or one for all.
+        rounded: the rounded weights of a frozen layer, else ``None``.
+        clock: the model's :class:`Clock`.
+    """
+
+    def quantized_weight(self):
+        """The weights on their grid, as floats."""
+        if self.rounded is not None or self.weight_grid is None:
+            return self.weight if self.rounded is None else self.rounded
+        return fake_quantize(self.weight, self.weight_step, self.weight_grid)
+
+    def forward(self, x):
+        """The layer on quantized input and weights."""
+        if self.activation is not None:
+            x = self.activation(x, self.clock.now)
+        if isinstance(self, nn.Linear):
+            return F.linear(x, self.quantized_weight(), self.bias)
+        return self._conv_forward(x, self.quantized_weight(), self.bias)
+
+
+class QuantizedLinear(QuantizedLayer, nn.Linear):
+    """A quantized ``nn.Linear``."""
+
+
+class QuantizedConv1d(QuantizedLayer, nn.Conv1d):
+    """A quantized ``nn.Conv1d``."""
+
+
+class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
+    """A quantized ``nn.Conv2d``."""
+
+
+class QuantizedConv3d(QuantizedLayer, nn.Conv3d):
+    """A quantized ``nn.Conv3d``."""
+
+
+TWINS = {
+    nn.Linear: QuantizedLinear,
+    nn.Conv1d: QuantizedConv1d,
+    nn.Conv2d: QuantizedConv2d,
+    nn.Conv3d: QuantizedConv3d,
+}
+
+
+class Clock:
+    """Holds the time steps of the call that one model is in; its hooks see the arguments of that call."""
+
+    def __init__(self):
+        self.now = None
+
+    def start(self, model, args, kwargs):
+        """Forward pre-hook of the model."""
+        call = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+        if call.get("timestep") is None:
+            raise TDQError("A quantized model must be told the time step; call model(sample, timestep).")
+        self.now = TimeSteps(call["timestep"], batch=len(next(iter(call.values()))))
+
+    def stop(self, model, args, output):
+        """Forward hook of the model, called even when the forward pass raises."""
+        self.now = None
+
+
+@dataclass
+class Quantization:
+    """How a model is quantized: kept on the model as ``model.quantization``.
+
+    Attributes:
+        weights, activations: bits, or ``None`` for full precision. method: one of ``METHODS``.
+        weights_per: ``"channel"`` or ``"tensor"``. kept: names of the layers left in full precision.
+        originals: the layers that were taken out, by name. clock: routes t. handles: the clock's hooks.
+        frozen: whether :func:`freeze` has run.
+    """
+
+    weights: int | None
+    activations: int | None
+    method: str
+    weights_per: str
+    kept: list
+    originals: dict = field(default_factory=dict, repr=False)
+    clock: Clock = field(default_factory=Clock, repr=False)
+    handles: list = field(default_factory=list, repr=False)
+    frozen: bool = False
+
+
+def kept_layers(model):
+    """Names of the layers that the paper keeps in full precision, found by structure.
+
+    The model's own entry and exit layers (first and last conv or projection: the ones it holds directly or
+    in an embedding module), and everything that carries t: time-embedding MLPs, the time projections of
+    ResNet blocks, adaptive norms. (So et al. 2023, authors' code.)
+    """
+    names = []
+    for parent_name, parent in model.named_modules():
+        conditioning = type(parent).__module__ in ("diffusers.models.embeddings", "diffusers.models.normalization")
+        for name, layer in parent.named_modules() if conditioning else parent.named_children():
+            entry_or_exit = parent is model
+            carries_t = conditioning or name == "time_emb_proj"
+            if type(layer) in TWINS and (entry_or_exit or carries_t):
+                names.append(f"{parent_name}.{name}".lstrip("."))
+    return list(dict.fromkeys(names))
+
+
+def quantize(model, weights=8, activations=8, method="tdq", keep=None, weights_per="channel"):
+    """Replace the model's conv and linear layers by quantized twins, in place.
+
+    The twins share the original parameters, which stay untouched; :func:`restore` puts the originals back.
+    Weights get the MSE-optimal symmetric step; step sizes of activations come from
+    :func:`tdq_utils.calibration.calibrate`, except for the dynamic methods, which need none.
+
+    Args:
+        model: a diffusers denoiser called as ``model(sample, timestep, ...)``.
+        weights, activations: bits, 2 to 8, or ``None`` for full precision.
+        method: ``"minmax"`` or ``"mse"`` (static), ``"table"`` (one value a step), ``"tdq"`` (generator),
+            ``"dynamic"`` (per tensor), ``"dynamic-sample"``.
+        keep: dotted names or patterns (``"mid_block.*"``) of layers to leave in full precision;
+            default: :func:`kept_layers`.
+        weights_per: ``"channel"`` (output channel) or ``"tensor"``.
+
+    Returns:
+        The model.
+
+    Raises:
+        TDQError: bits outside 2..8, unknown method, a pattern that names no layer, weights that are not
+            finite, a model that is quantized already or has nothing to quantize.
+    """
+    names = _chosen_layers(model, method, keep, weights_per)
+    grid = None if weights is None else Grid(weights)
+    if activations is not None:
+        Grid(activations)  # refuse wrong bits before any work
+    twins = {name: _twin(layer, grid, activations, method, weights_per) for name, layer in names.items() if layer}
+    kept = [name for name, layer in names.items() if not layer]
+    model.quantization = state = Quantization(weights, activations, method, weights_per, kept)
+    for name, twin in twins.items():
+        state.originals[name] = model.get_submodule(name)
+        twin.clock = state.clock
+    _install(model, twins)
+    return model
+
+
+def _chosen_layers(model, method, keep, weights_per):
+    """Every conv and linear layer by name; ``None`` for those that are kept."""
+    if hasattr(model, "quantization"):
+        raise TDQError("quantize takes a full-precision model; this one is quantized already. Call restore(model) first.")
+    if method not in METHODS:
+        raise TDQError(f"method must be one of {', '.join(METHODS)}; got {method!r}.")
+    if weights_per not in ("channel", "tensor"):
+        raise TDQError(f"weights_per must be 'channel' or 'tensor'; got {weights_per!r}.")
+    layers = {name: layer for name, layer in model.named_modules() if type(layer) in TWINS}
+    patterns = kept_layers(model) if keep is None else [keep] if isinstance(keep, str) else list(keep)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in layers):
+            raise TDQError(f"keep must name conv or linear layers of the model, or match some; got {pattern!r}.")
+    chosen = {n: None if any(fnmatchcase(n, p) for p in patterns) else layer for n, layer in layers.items()}
+    if not any(chosen.values()):
+        raise TDQError(f"There must be a layer to quantize; the model has {len(layers)} and all are kept.")
+    for name, layer in chosen.items():
+        if layer and not torch.isfinite(layer.weight).all():
+            raise TDQError(f"Weights must be finite; {name} holds NaN or infinity. Load the model again.")
+    return chosen
+
+
+def _twin(layer, grid, activations, method, weights_per):
+    """A quantized layer that shares ``layer``'s parameters."""
+    twin = copy.copy(layer)
+    for key, value in layer.__dict__.items():
+        if isinstance(value, dict):  # parameters, hooks, ...: the containers must not be shared
+            twin.__dict__[key] = copy.copy(value)
+    twin.__class__ = TWINS[type(layer)]
+    twin.weight_grid = grid
+    weight_step = None
+    if grid is not None:
+        weight = layer.weight.detach().float()
+        weight_step = mse_step(weight.flatten(1) if weights_per == "channel" else weight.reshape(1, -1), grid)
+    twin.register_buffer("weight_step", weight_step)
+    twin.register_buffer("rounded", None)
+    step = DynamicStep(DYNAMIC[method]) if method in DYNAMIC else None
+    twin.activation = None if activations is None else ActivationQuantizer(activations, step=step).to(layer.weight.device)
+    return twin
+
+
+def _install(model, twins):
+    state = model.quantization
+    for name, twin in twins.items():
+        twin.train(model.training)
+        model.set_submodule(name, twin)
+    state.handles = [
+        model.register_forward_pre_hook(state.clock.start, with_kwargs=True),
+        model.register_forward_hook(state.clock.stop, always_call=True),
+    ]
+
+
+def _remove(model):
+    """Put the originals back; return the twins."""
+    state = checked_state(model)
+    twins = quantized_layers(model)
+    for name, original in state.originals.items():
+        original.train(model.training)
+        model.set_submodule(name, original)
+    for handle in state.handles:
+        handle.remove()
+    return twins
+
+
+def checked_state(model):
+    """The model's :class:`Quantization`. TDQError: it is not quantized."""
+    if not hasattr(model, "quantization"):
+        raise TDQError("The model must be quantized; got a full-precision one. Call quantize(model, ...) first.")
+    return model.quantization
+
+
+def quantized_layers(model):
+    """The quantized layers by dotted name. TDQError: the model is not quantized."""
+    return {name: model.get_submodule(name) for name in checked_state(model).originals}
+
+
+def restore(model):
+    """Take the quantizers out: the model that went in, bit for bit. TDQError: it is not quantized."""
+    _remove(model)
+    del model.quantization
+    return model
+
+
+@contextmanager
+def full_precision(model):
+    """While open, a quantized model is its full-precision self."""
+    twins = _remove(model)
+    try:
+        yield model
+    finally:
+        _install(model, twins)
+
+
+def freeze(model, scheduler, steps=None):
+    """Pre-compute all that inference needs: step sizes over t become a table, weights are rounded once.
+
+    The frozen model gives exactly the outputs of the unfrozen one and has no generator left.
+
+    Args:
+        model: quantized and calibrated. scheduler: decides which t are visited.
+        steps: sampling steps; default: every t that the scheduler was trained with.
+
+    Returns:
+        The model.
+
+    Raises:
+        TDQError: not quantized, not calibrated, or calibrated per step at other steps.
+    """
+    checked_state(model)
+    visited = list(range(scheduler.config.num_train_timesteps)) if steps is None else timesteps(scheduler, steps)
+    layers = quantized_layers(model)
+    frozen = {name: _frozen_step(layer.activation, visited) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        if layer.activation is not None:
+            layer.activation.step = frozen[name]
+    return round_weights(model)
+
+
+def round_weights(model):
+    """The weights' part of :func:`freeze`: keep each layer's rounded weights instead of rounding at every call."""
+    for layer in quantized_layers(model).values():
+        if layer.weight_grid is not None:
+            layer.rounded = layer.quantized_weight().detach().clone()
+    checked_state(model).frozen = True
+    return model
+
+
+def _frozen_step(activation, visited):
+    if activation is None:
+        return None
+    step = activation.step
+    if step is None:
+        raise TDQError("freeze takes a calibrated model; call calibrate(model, scheduler, ...) first.")
+    if isinstance(step, StepGenerator):
+        return step.freeze(visited)
+    if isinstance(step, LearnedStep):
+        return StaticStep(step.s.detach())
+    if isinstance(step, TableStep) and (missing := set(visited) - set(step.t.tolist())):
+        raise TDQError(
+            f"A table can be frozen only for the steps it was calibrated for; {len(missing)} of {len(visited)} time steps "
+            f"are missing, t = {min(missing)} among them. Calibrate with these steps, or use method='tdq'."
+        )
+    return step

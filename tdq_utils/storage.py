@@ -1,0 +1,98 @@
+"""A quantized model as a folder: safetensors for the numbers, JSON for the settings."""
+
+import json
+from pathlib import Path
+
+import diffusers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from tdq_utils.errors import DataError
+from tdq_utils.quantize import checked_state, quantize, quantized_layers, round_weights
+from tdq_utils.quantizers import DynamicStep, Grid, LearnedStep, StaticStep, TableStep
+from tdq_utils.temporal import FourierFeatures, RawTime, StepGenerator
+
+FORMAT = 1
+KINDS = {kind.__name__: kind for kind in (StaticStep, LearnedStep, DynamicStep, TableStep, StepGenerator)}
+
+
+def save_quantized(model, folder):
+    """Write a quantized model, calibrated or not, frozen or not, so that it round-trips exactly.
+
+    Args:
+        model: quantized in place by :func:`tdq_utils.quantize.quantize`.
+        folder: gets ``quantization.json`` and ``model.safetensors``.
+    """
+    state = checked_state(model)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = dict(
+        format=FORMAT,
+        model=type(model).__name__,
+        config={k: v for k, v in model.config.items() if not k.startswith("_")},
+        weights=state.weights,
+        activations=state.activations,
+        method=state.method,
+        weights_per=state.weights_per,
+        keep=state.kept,
+        frozen=state.frozen,
+        layers={name: _describe(layer.activation) for name, layer in quantized_layers(model).items()},
+    )
+    # Rounded weights of a frozen model follow from the weights and their steps: not stored twice.
+    tensors = {k: v.contiguous() for k, v in model.state_dict().items() if not k.endswith(".rounded")}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "quantization.json").write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def load_quantized(folder):
+    """Read a model that :func:`save_quantized` wrote; on the CPU, in eval mode.
+
+    Raises:
+        DataError: a missing or damaged file, or a newer format.
+    """
+    folder = Path(folder)
+    try:
+        settings = json.loads((folder / "quantization.json").read_text())
+        tensors = load_file(folder / "model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DataError(f"{folder} must hold quantization.json and model.safetensors as save_quantized writes them: {error}") from error
+    if settings.get("format") != FORMAT:
+        raise DataError(f"{folder} must have format {FORMAT}; got {settings.get('format')}. Save it with this version.")
+    model = getattr(diffusers, settings["model"]).from_config(settings["config"]).eval().requires_grad_(False)
+    quantize(model, **{k: settings[k] for k in ("weights", "activations", "method", "keep", "weights_per")})
+    for name, layer in quantized_layers(model).items():
+        _rebuild(layer, settings["layers"][name], tensors, name)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise DataError(f"{folder / 'model.safetensors'} does not fit quantization.json: {error}") from error
+    if settings["frozen"]:
+        round_weights(model)
+    return model
+
+
+def _describe(activation):
+    """JSON for an activation quantizer: its grid, and the kind and shape of its step source."""
+    if activation is None:
+        return None
+    grid, step = activation.grid, activation.step
+    return dict(
+        grid=None if grid is None else dict(bits=grid.bits, low=grid.low),
+        step=None if step is None else dict(kind=type(step).__name__, **step.settings()),
+    )
+
+
+def _rebuild(layer, description, tensors, name):
+    """Give ``layer`` a grid and a step source of the described kind, still without its values."""
+    if description is None:
+        return
+    layer.activation.grid = description["grid"] and Grid(**description["grid"])
+    settings = dict(description["step"] or {})
+    kind = settings.pop("kind", None)
+    if kind == "TableStep":
+        prefix = f"{name}.activation.step."
+        settings = dict(t=tensors[prefix + "t"], s=tensors[prefix + "s"])
+    if kind == "StepGenerator":
+        width = settings.pop("width")
+        settings["features"] = RawTime() if width == 1 else FourierFeatures(width)
+    layer.activation.step = None if kind is None else KINDS[kind](**settings).eval()

@@ -7,7 +7,7 @@ from tqdm.auto import tqdm
 from tdq_utils.errors import TDQError
 from tdq_utils.profiling import profile_activations
 from tdq_utils.quantize import CALIBRATED, DYNAMIC, METHODS, checked_state, full_precision, quantized_layers
-from tdq_utils.quantizers import StaticStep, TableStep, mse_step, squared_error
+from tdq_utils.quantizers import LearnedStep, StaticStep, TableStep, squared_error
 from tdq_utils.temporal import StepGenerator
 
 
@@ -15,13 +15,18 @@ def calibrate(model, scheduler, seeds=range(64), steps=20, method=None, profile=
     """Choose the step size of every quantized layer's input from full-precision activations.
 
     The full-precision model samples along its own trajectory while each (layer, t) keeps a histogram
-    (:func:`tdq_utils.profiling.profile_activations`). All methods then minimize, or bound, the squared error of
-    quantizing those same activations, so they differ only in what the step size may depend on:
+    (:func:`tdq_utils.profiling.profile_activations`). All methods then look at the squared error of quantizing those
+    same activations:
 
     * ``"minmax"``: one value that truncates nothing.
-    * ``"mse"``: one value, least squared error over the whole trajectory.
-    * ``"table"``: one value for each t visited, least squared error at that t.
-    * ``"tdq"``: a generator s(t) for each layer (So et al. 2023), fitted by :func:`fit_generators`.
+    * ``"mse"``: one value, least squared error over the whole trajectory, by exhaustive search.
+    * ``"learned"``: one value, by descending that error with LSQ's gradient.
+    * ``"table"``: one value for each t visited, least squared error at that t, by exhaustive search.
+    * ``"tdq"``: a generator s(t) for each layer (So et al. 2023), by descending that error with LSQ's gradient.
+
+    "mse" and "table", and "learned" and "tdq", differ in nothing but the dependence on t. LSQ's gradient treats rounding
+    as a constant offset and settles at slightly smaller steps than the search, so compare within these pairs.
+
     * ``"dynamic"``, ``"dynamic-sample"``: nothing to do.
 
     Args:
@@ -30,11 +35,9 @@ def calibrate(model, scheduler, seeds=range(64), steps=20, method=None, profile=
         method: default, the method that :func:`tdq_utils.quantize.quantize` was given.
         profile: a :class:`tdq_utils.profiling.Profile` of this model to use instead of sampling again.
         progress: show bars.
-        options: ``batch_size`` and ``condition`` of ``sample``; for "tdq", ``iterations``, ``rate``, ``seed`` and the
-            arguments of :class:`tdq_utils.temporal.StepGenerator`.
-
-    Returns:
-        The model, calibrated, in eval mode.
+        options: ``batch_size`` and ``condition`` of ``sample``; for "learned" and "tdq",
+            ``iterations``, ``rate`` and ``seed`` of :func:`fit`; for "tdq", the arguments of
+            :class:`tdq_utils.temporal.StepGenerator`.
 
     Raises:
         TDQError: not quantized, unknown method, no seeds, a profile that lacks a layer.
@@ -45,7 +48,7 @@ def calibrate(model, scheduler, seeds=range(64), steps=20, method=None, profile=
         allowed = DYNAMIC if state.method in DYNAMIC else CALIBRATED
         raise TDQError(f"method must be one of {', '.join(allowed)} for this model; got {method!r}.")
     if method in DYNAMIC or state.activations is None:
-        return model
+        return
     sampling = {key: options.pop(key) for key in ("batch_size", "condition") if key in options}
     layers = quantized_layers(model)
     if profile is None:
@@ -53,30 +56,25 @@ def calibrate(model, scheduler, seeds=range(64), steps=20, method=None, profile=
             profile = profile_activations(model, scheduler, seeds, steps, layers=set(layers), progress=progress, **sampling)
     if missing := set(layers) - set(profile.layers):
         raise TDQError(f"profile must hold every quantized layer; {len(missing)} are missing, {min(missing)} among them.")
-    problems = {name: _Problem(profile, profile.layers.index(name), state.activations) for name in layers}
+    problems = {name: _Problem(profile, name, state.activations) for name in layers}
     chosen = CHOOSERS[method](problems, progress=progress, **options)
     for name, layer in layers.items():
         layer.activation.grid = problems[name].grid
         layer.activation.step = chosen[name].to(layer.weight.device).eval()
     state.method = method
-    return model
 
 
 class _Problem:
     """One layer's activations over t, as weighted values: all that any method here looks at."""
 
     def __init__(self, profile, layer, bits):
+        row = profile.row(layer)
         self.grid = profile.grid(layer, bits)
         self.t = torch.from_numpy(profile.t)
-        self.values, counts = profile.values(layer)
-        self.counts = counts / counts.sum()  # so that the error is a mean over all activations
-        self.range = torch.tensor([profile.least[layer].min(), profile.greatest[layer].max()], dtype=torch.float32)
-
-    def static(self):
-        return mse_step(self.values.reshape(1, -1), self.grid, self.counts.reshape(1, -1))[0]
-
-    def per_step(self):
-        return mse_step(self.values, self.grid, self.counts)
+        self.range = torch.tensor([profile.least[row].min(), profile.greatest[row].max()], dtype=torch.float32)
+        self.best_steps = lambda: profile.best_steps(layer, bits)
+        # Hundreds of iterations look at these: as coarse as the step size allows.
+        self.values = lambda s_0: profile.values(layer, merge=profile.finest_merge(layer, s_0))
 
 
 def _minmax(problems, progress):
@@ -84,47 +82,59 @@ def _minmax(problems, progress):
 
 
 def _mse(problems, progress):
-    return {name: StaticStep(p.static()) for name, p in problems.items()}
+    return {name: StaticStep(p.best_steps()[0]) for name, p in problems.items()}
 
 
 def _table(problems, progress):
-    return {name: TableStep(p.t, p.per_step()) for name, p in problems.items()}
+    return {name: TableStep(p.t, p.best_steps()[1]) for name, p in problems.items()}
 
 
-def fit_generators(problems, progress=True, iterations=400, rate=3e-3, seed=0, **generator):
-    """Fit one :class:`StepGenerator` a layer by gradient descent on the squared quantization error.
+def _learned(problems, progress, **fitting):
+    return fit(problems, LearnedStep, progress, **fitting)
 
-    Each starts at the layer's static MSE-optimal step size. The loss of a layer is its error over all t,
-    relative to the static error, so that layers of any scale learn at one rate; LSQ's gradient of the step
-    size goes on into the generator. Histograms stand for the activations, so every iteration sees all of them.
+
+def _tdq(problems, progress, iterations=200, rate=3e-3, seed=0, **generator):
+    def make(s_0):
+        return StepGenerator(s_0, **generator)
+
+    return fit(problems, make, progress, iterations, rate, seed)
+
+
+def fit(problems, make, progress=True, iterations=200, rate=3e-3, seed=0):
+    """Fit one source of step sizes a layer by gradient descent on the squared quantization error.
+
+    Each starts at the layer's static MSE-optimal step size. The loss of a layer is its error over all t, relative to
+    the static error, so that layers of any scale learn at one rate. Histograms stand for the activations, so every
+    iteration sees all of them.
 
     Args:
-        problems: ``{layer: activations}``. iterations: of Adam with a cosine rate from ``rate``.
-        seed: of the generators' weights and dropout. generator: arguments of :class:`StepGenerator`.
+        problems: ``{layer: activations}``. make: function of ``s_0`` that returns a source with ``at(t)``.
+        iterations: of Adam with a cosine rate from ``rate``. seed: of weights and dropout.
 
     Returns:
-        ``{layer: StepGenerator}``.
+        ``{layer: source}``.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        names = tqdm(problems, desc="fit generators", disable=not progress, leave=False)
-        return {name: _fit_generator(problems[name], iterations, rate, generator) for name in names}
+        names = tqdm(problems, desc="fit step sizes", disable=not progress, leave=False)
+        return {name: _fit_layer(problems[name], make, iterations, rate) for name in names}
 
 
-def _fit_generator(problem, iterations, rate, settings):
-    s_0 = problem.static()
-    generator = StepGenerator(float(s_0), **settings)
-    scale = squared_error(problem.values, problem.counts, s_0.expand(len(problem.t)), problem.grid).sum().clamp_min(1e-20)
-    optimizer = torch.optim.Adam(generator.parameters(), lr=rate)
+def _fit_layer(problem, make, iterations, rate):
+    s_0, _ = problem.best_steps()
+    values, counts = problem.values(s_0)
+    source = make(float(s_0))
+    scale = squared_error(values, counts, s_0.expand(len(values)), problem.grid).sum().clamp_min(1e-20)
+    optimizer = torch.optim.Adam(source.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     for _ in range(iterations):
-        error = squared_error(problem.values, problem.counts, generator.at(problem.t), problem.grid).sum() / scale
+        error = squared_error(values, counts, source.at(problem.t), problem.grid).sum() / scale
         optimizer.zero_grad()
         error.backward()
-        nn.utils.clip_grad_norm_(generator.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(source.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    return generator
+    return source
 
 
-CHOOSERS = {"minmax": _minmax, "mse": _mse, "table": _table, "tdq": fit_generators}
+CHOOSERS = {"minmax": _minmax, "mse": _mse, "learned": _learned, "table": _table, "tdq": _tdq}

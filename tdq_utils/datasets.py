@@ -98,8 +98,7 @@ def _read(stem, root, download, sha256):
     digest = hashlib.sha256(raw).hexdigest()
     if digest != sha256:
         raise DataError(
-            f"{path} is corrupted: sha256 of its contents must be {sha256}, got {digest}; "
-            "delete it and fetch it again."
+            f"{path} is corrupted: sha256 of its contents must be {sha256}, got {digest}; delete it and fetch it again."
         )
     return raw
 
@@ -117,8 +116,6 @@ def _download(stem, root):
     try:
         urllib.request.urlretrieve(OFFICIAL + path.name, part)
     except OSError as error:
-        raise DataError(
-            f"No network for {OFFICIAL}{path.name} ({error}); fetch it elsewhere and pass root=."
-        ) from error
+        raise DataError(f"No network for {OFFICIAL}{path.name} ({error}); fetch it elsewhere and pass root=.") from error
     part.replace(path)
     return path

@@ -1,6 +1,7 @@
 """Distances between sets of images: features of a classifier, Frechet distance, reference statistics."""
 
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -100,8 +101,10 @@ class Statistics:
         try:
             with np.load(path) as data:
                 return Statistics(data["mu"], data["sigma"], data["n"])
-        except (OSError, KeyError, ValueError) as error:
-            raise DataError(f"{path} must be an npz of mu, sigma and n; run python -m tdq_utils train-classifier. ({error})") from error
+        except (OSError, EOFError, KeyError, ValueError, BadZipFile) as error:
+            raise DataError(
+                f"{path} must be an npz of mu, sigma and n; run python -m tdq_utils train-classifier. ({error})"
+            ) from error
 
 
 def frechet_distance(a, b):
@@ -118,7 +121,8 @@ def frechet_distance(a, b):
         setattr(metric, f"{side}_features_sum", stats.n * mu)
         setattr(metric, f"{side}_features_cov_sum", (stats.n - 1) * sigma + stats.n * mu.outer(mu))
         setattr(metric, f"{side}_features_num_samples", torch.tensor(stats.n))
-    metric._update_count = 1  # the states are set, not accumulated
+    # The states are set, not accumulated: say what update() would have noted.
+    metric._update_count, metric.orig_dtype = 1, torch.float64
     return float(metric.compute())
 
 

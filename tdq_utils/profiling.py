@@ -34,7 +34,8 @@ class Histogram:
             self.counts = np.pad(merged, BINS // 4)
             self.limit *= 2
         scaled = x.reshape(-1).float() if x.is_contiguous() else x.permute(0, *range(2, x.dim()), 1).reshape(-1).float()
-        index = ((scaled + self.limit) * (BINS / 2 / self.limit)).to(torch.int32).clamp_(max=BINS - 1)
+        # Scaling by a power of two and floor are exact: no value changes its bin when the limit doubles.
+        index = scaled.mul(BINS / 2 / self.limit).floor_().add_(BINS // 2).to(torch.int32)
         self.counts += torch.bincount(index, minlength=BINS).cpu().numpy()
 
     @property
@@ -97,7 +98,7 @@ class Profile:
         half = BINS // 2
         folded = self.counts[..., half:] + self.counts[..., half - 1 :: -1]
         share = folded.cumsum(-1) / folded.sum(-1, keepdims=True)
-        upper_edge = (share < q / 100).sum(-1) + 1
+        upper_edge = ((share < q / 100) | (share == 0)).sum(-1) + 1
         return np.minimum(upper_edge * self.limit / half, np.maximum(-self.least, self.greatest))
 
     @property
@@ -117,15 +118,41 @@ class Profile:
         }
         return pd.DataFrame(columns)
 
-    def grid(self, layer, bits):
-        """The :class:`Grid` that suits layer number ``layer`` over all t."""
-        return Grid.for_range(bits, float(self.least[layer].min()))
+    def row(self, layer):
+        """Number of a layer given by its dotted name (or its number). TDQError: not profiled."""
+        if isinstance(layer, (int, np.integer)):
+            return layer
+        if layer not in self.layers:
+            raise TDQError(f"layer must be one of the {len(self.layers)} profiled ones, such as {self.layers[0]}; got {layer!r}.")
+        return self.layers.index(layer)
 
-    def values(self, layer):
-        """``(values, counts)`` of layer number ``layer``: tensors ``"step bin"``, float32, bins nobody fell in cut off."""
-        used = self.counts[layer].any(0)
-        values = torch.from_numpy(bin_centres(self.limit[layer])[:, used])
-        return values.float(), torch.from_numpy(self.counts[layer][:, used]).float()
+    def step(self, t):
+        """Index of time step ``t`` along the trajectory. TDQError: not visited."""
+        if t not in self.t:
+            raise TDQError(f"t must be one of the profiled time steps, {', '.join(map(str, self.t))}; got {t}.")
+        return int(np.flatnonzero(self.t == t)[0])
+
+    def grid(self, layer, bits):
+        """The :class:`Grid` that suits a layer over all t."""
+        row = self.row(layer)
+        return Grid.for_range(bits, float(self.least[row].min()), float(self.greatest[row].max()))
+
+    def values(self, layer, merge=1):
+        """``(values, counts)`` of a layer: tensors ``"step bin"``, float32, without the bins that are empty at every t.
+
+        Args:
+            merge: join so many neighbouring bins (a power of two), where speed matters more than resolution.
+        """
+        layer = self.row(layer)
+        counts = self.counts[layer].reshape(len(self.t), -1, merge).sum(-1)
+        centres = bin_centres(self.limit[layer]).reshape(len(self.t), -1, merge).mean(-1)
+        used = counts.any(0)
+        return torch.from_numpy(centres[:, used]).float(), torch.from_numpy(counts[:, used]).float()
+
+    def finest_merge(self, layer, s, bins=8):
+        """How many bins can be joined so that a step of size ``s`` still spans at least ``bins`` of them."""
+        joined = float(s) / bins / (2 * self.limit[self.row(layer)].max() / BINS)
+        return 2 ** int(np.clip(np.floor(np.log2(joined)), 0, 6))
 
     def drift(self, bits=5):
         """How much each layer drifts over t, and what an interval per step could gain.
@@ -153,12 +180,17 @@ class Profile:
             )
         return pd.DataFrame(rows)
 
+    def best_steps(self, layer, bits):
+        """MSE-optimal step sizes of a layer: ``(static, per step)``, tensors ``""`` and ``"step"``."""
+        grid, (values, counts) = self.grid(layer, bits), self.values(layer)
+        static = mse_step(values.reshape(1, -1), grid, counts.reshape(1, -1))[0]
+        return static, mse_step(values, grid, counts)
+
     def _gain(self, layer, bits):
         grid, (values, counts) = self.grid(layer, bits), self.values(layer)
-        per_step = squared_error(values, counts, mse_step(values, grid, counts), grid).sum()
-        static = mse_step(values.reshape(1, -1), grid, counts.reshape(1, -1))
-        fixed = squared_error(values.reshape(1, -1), counts.reshape(1, -1), static, grid).sum()
-        return 10 * float(torch.log10(fixed / per_step.clamp_min(1e-30)))
+        static, per_step = self.best_steps(layer, bits)
+        fixed, free = (squared_error(values, counts, s.expand(len(values)), grid).sum() for s in (static, per_step))
+        return 10 * float(torch.log10(fixed / free.clamp_min(1e-30)))
 
     def save(self, path):
         """Write the profile as npz (no pickles)."""

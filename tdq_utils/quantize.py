@@ -1,101 +1,25 @@
 """Put quantizers into any diffusers denoiser and take them out again; route t to them; freeze; save and load."""
 
-import copy
-import inspect
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
-from torch.nn import functional as F
 
 from tdq_utils.errors import TDQError
+from tdq_utils.layers import TWINS, Clock, twin
 from tdq_utils.quantizers import (
-    ActivationQuantizer,
-    DynamicStep,
     Grid,
     LearnedStep,
     StaticStep,
     TableStep,
-    TimeSteps,
-    fake_quantize,
-    mse_step,
 )
 from tdq_utils.sampling import timesteps
 from tdq_utils.temporal import StepGenerator
 
-CALIBRATED = ("minmax", "mse", "table", "tdq")
+CALIBRATED = ("minmax", "mse", "learned", "table", "tdq")
 DYNAMIC = {"dynamic": "tensor", "dynamic-sample": "sample"}
 METHODS = (*CALIBRATED, *DYNAMIC)
-
-
-class QuantizedLayer(nn.Module):
-    """What a quantized conv or linear layer has beside its original parameters.
-
-    Attributes:
-        activation: :class:`ActivationQuantizer`, or ``None`` for full-precision inputs.
-        weight_grid: :class:`Grid`, or ``None`` for full-precision weights.
-        weight_step: step sizes of the weights, one for each output channel or one for all.
-        rounded: the rounded weights of a frozen layer, else ``None``.
-        clock: the model's :class:`Clock`.
-    """
-
-    def quantized_weight(self):
-        """The weights on their grid, as floats."""
-        if self.rounded is not None or self.weight_grid is None:
-            return self.weight if self.rounded is None else self.rounded
-        return fake_quantize(self.weight, self.weight_step, self.weight_grid)
-
-    def forward(self, x):
-        """The layer on quantized input and weights."""
-        if self.activation is not None:
-            x = self.activation(x, self.clock.now)
-        if isinstance(self, nn.Linear):
-            return F.linear(x, self.quantized_weight(), self.bias)
-        return self._conv_forward(x, self.quantized_weight(), self.bias)
-
-
-class QuantizedLinear(QuantizedLayer, nn.Linear):
-    """A quantized ``nn.Linear``."""
-
-
-class QuantizedConv1d(QuantizedLayer, nn.Conv1d):
-    """A quantized ``nn.Conv1d``."""
-
-
-class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
-    """A quantized ``nn.Conv2d``."""
-
-
-class QuantizedConv3d(QuantizedLayer, nn.Conv3d):
-    """A quantized ``nn.Conv3d``."""
-
-
-TWINS = {
-    nn.Linear: QuantizedLinear,
-    nn.Conv1d: QuantizedConv1d,
-    nn.Conv2d: QuantizedConv2d,
-    nn.Conv3d: QuantizedConv3d,
-}
-
-
-class Clock:
-    """Holds the time steps of the call that one model is in; its hooks see the arguments of that call."""
-
-    def __init__(self):
-        self.now = None
-
-    def start(self, model, args, kwargs):
-        """Forward pre-hook of the model."""
-        call = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-        if call.get("timestep") is None:
-            raise TDQError("A quantized model must be told the time step; call model(sample, timestep).")
-        self.now = TimeSteps(call["timestep"], batch=len(next(iter(call.values()))))
-
-    def stop(self, model, args, output):
-        """Forward hook of the model, called even when the forward pass raises."""
-        self.now = None
 
 
 @dataclass
@@ -148,14 +72,11 @@ def quantize(model, weights=8, activations=8, method="tdq", keep=None, weights_p
     Args:
         model: a diffusers denoiser called as ``model(sample, timestep, ...)``.
         weights, activations: bits, 2 to 8, or ``None`` for full precision.
-        method: ``"minmax"`` or ``"mse"`` (static), ``"table"`` (one value a step), ``"tdq"`` (generator),
+        method: ``"minmax"``, ``"mse"`` or ``"learned"`` (static), ``"table"`` (one value a step), ``"tdq"`` (generator),
             ``"dynamic"`` (per tensor), ``"dynamic-sample"``.
         keep: dotted names or patterns (``"mid_block.*"``) of layers to leave in full precision;
             default: :func:`kept_layers`.
         weights_per: ``"channel"`` (output channel) or ``"tensor"``.
-
-    Returns:
-        The model.
 
     Raises:
         TDQError: bits outside 2..8, unknown method, a pattern that names no layer, weights that are not
@@ -165,14 +86,13 @@ def quantize(model, weights=8, activations=8, method="tdq", keep=None, weights_p
     grid = None if weights is None else Grid(weights)
     if activations is not None:
         Grid(activations)  # refuse wrong bits before any work
-    twins = {name: _twin(layer, grid, activations, method, weights_per) for name, layer in names.items() if layer}
+    twins = {name: twin(layer, grid, activations, DYNAMIC.get(method), weights_per) for name, layer in names.items() if layer}
     kept = [name for name, layer in names.items() if not layer]
     model.quantization = state = Quantization(weights, activations, method, weights_per, kept)
-    for name, twin in twins.items():
+    for name, layer in twins.items():
         state.originals[name] = model.get_submodule(name)
-        twin.clock = state.clock
+        layer.clock = state.clock
     _install(model, twins)
-    return model
 
 
 def _chosen_layers(model, method, keep, weights_per):
@@ -197,30 +117,11 @@ def _chosen_layers(model, method, keep, weights_per):
     return chosen
 
 
-def _twin(layer, grid, activations, method, weights_per):
-    """A quantized layer that shares ``layer``'s parameters."""
-    twin = copy.copy(layer)
-    for key, value in layer.__dict__.items():
-        if isinstance(value, dict):  # parameters, hooks, ...: the containers must not be shared
-            twin.__dict__[key] = copy.copy(value)
-    twin.__class__ = TWINS[type(layer)]
-    twin.weight_grid = grid
-    weight_step = None
-    if grid is not None:
-        weight = layer.weight.detach().float()
-        weight_step = mse_step(weight.flatten(1) if weights_per == "channel" else weight.reshape(1, -1), grid)
-    twin.register_buffer("weight_step", weight_step)
-    twin.register_buffer("rounded", None)
-    step = DynamicStep(DYNAMIC[method]) if method in DYNAMIC else None
-    twin.activation = None if activations is None else ActivationQuantizer(activations, step=step).to(layer.weight.device)
-    return twin
-
-
 def _install(model, twins):
     state = model.quantization
-    for name, twin in twins.items():
-        twin.train(model.training)
-        model.set_submodule(name, twin)
+    for name, layer in twins.items():
+        layer.train(model.training)
+        model.set_submodule(name, layer)
     state.handles = [
         model.register_forward_pre_hook(state.clock.start, with_kwargs=True),
         model.register_forward_hook(state.clock.stop, always_call=True),
@@ -255,7 +156,6 @@ def restore(model):
     """Take the quantizers out: the model that went in, bit for bit. TDQError: it is not quantized."""
     _remove(model)
     del model.quantization
-    return model
 
 
 @contextmanager
@@ -277,9 +177,6 @@ def freeze(model, scheduler, steps=None):
         model: quantized and calibrated. scheduler: decides which t are visited.
         steps: sampling steps; default: every t that the scheduler was trained with.
 
-    Returns:
-        The model.
-
     Raises:
         TDQError: not quantized, not calibrated, or calibrated per step at other steps.
     """
@@ -290,7 +187,7 @@ def freeze(model, scheduler, steps=None):
     for name, layer in layers.items():
         if layer.activation is not None:
             layer.activation.step = frozen[name]
-    return round_weights(model)
+    round_weights(model)
 
 
 def round_weights(model):
@@ -299,7 +196,6 @@ def round_weights(model):
         if layer.weight_grid is not None:
             layer.rounded = layer.quantized_weight().detach().clone()
     checked_state(model).frozen = True
-    return model
 
 
 def _frozen_step(activation, visited):

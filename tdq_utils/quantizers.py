@@ -1,5 +1,6 @@
 """The number format, fake quantization with its gradients, and where a step size comes from."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -59,10 +60,11 @@ class Grid:
         return (greatest - self.low) / self.q_max
 
     @staticmethod
-    def for_range(bits, least):
-        """The grid for an input whose least recorded value is ``least``: shifted if nothing lies
-        below SiLU's minimum (so outputs of SiLU, GELU and ReLU), else symmetric."""
-        if least < SILU_MIN - 1e-3:
+    def for_range(bits, least, greatest=math.inf):
+        """The grid for an input recorded in [least, greatest]: shifted if nothing lies below SiLU's
+        minimum and the rest reaches at least twice as far up (so outputs of SiLU, GELU and ReLU), else
+        symmetric. A small input of both signs is none of these: a shift larger than it would waste the levels."""
+        if least < SILU_MIN - 1e-3 or (least < 0 and greatest < -2 * SILU_MIN):
             return Grid(bits)
         return Grid(bits, low=SILU_MIN if least < 0 else 0.0)
 
@@ -143,7 +145,8 @@ def mse_step(values, grid, counts=None, candidates=48, rounds=2):
         errors = torch.stack([squared_error(values, counts, s, grid) for s in trials])
         best = trials.gather(0, errors.argmin(0, keepdim=True))[0]
         spread = (ratios[-1] / ratios[-2]).log10().item()
-        ratios = torch.logspace(-spread, spread, candidates // 2, dtype=values.dtype)
+        # An odd number: the best so far is tried again, so a round never makes it worse.
+        ratios = torch.logspace(-spread, spread, candidates // 4 * 2 + 1, dtype=values.dtype)
     return best
 
 
@@ -172,15 +175,24 @@ class StaticStep(StepSize):
 
 
 class LearnedStep(StepSize):
-    """A constant that gradients reach (LSQ)."""
+    """A constant that gradients reach (LSQ). Its logarithm is the parameter: positive, and one rate fits any scale."""
 
     def __init__(self, s=1.0):
         super().__init__()
-        self.s = nn.Parameter(torch.as_tensor(s, dtype=torch.float32).clone())
+        self.log_s = nn.Parameter(torch.as_tensor(s, dtype=torch.float32).log())
+
+    @property
+    def s(self):
+        """The step size, shape ``""``."""
+        return self.log_s.exp()
+
+    def at(self, t):
+        """The same value for every time step of ``t``, ``"batch"``."""
+        return self.s.expand(len(t))
 
     def forward(self, x, t, grid):
-        """The parameter, kept positive, shape ``""``."""
-        return self.s.clamp_min(1e-8)
+        """The step size, shape ``""``."""
+        return self.s
 
 
 class DynamicStep(StepSize):
@@ -275,7 +287,12 @@ class ActivationQuantizer(nn.Module):
         """Fake-quantize ``x`` at :class:`TimeSteps` ``t``. TDQError: not calibrated."""
         if self.step is None:
             raise TDQError("A quantized model must be calibrated before it runs; call calibrate(model, scheduler, ...).")
-        grid = self.grid or Grid.for_range(self.bits, x.min().item())
+        if self.grid is None and getattr(self.step, "per", None) == "sample":
+            ranges = zip(*(ends.tolist() for ends in x.reshape(len(x), -1).aminmax(dim=1)), strict=True)
+            if len({Grid.for_range(self.bits, *ends) for ends in ranges}) > 1:
+                # A sample's grid must not depend on its neighbours.
+                return torch.cat([self(sample, t) for sample in x.split(1)])
+        grid = self.grid or Grid.for_range(self.bits, *(end.item() for end in x.aminmax()))
         return fake_quantize(x, self.step(x, t, grid), grid)
 
     def extra_repr(self):

@@ -83,7 +83,7 @@ def _trajectory(model, scheduler, seeds, steps, callback, condition, bar):
     eta = {"eta": 0.0} if "eta" in inspect.signature(scheduler.step).parameters else {}
     x_t = noise(seeds, _shape(model)).to(device, memory_format=torch.channels_last) * scheduler.init_noise_sigma
     for step, t in enumerate(scheduler.timesteps):
-        eps = model(scheduler.scale_model_input(x_t, t), t.to(device), **condition).sample
+        eps = model(scheduler.scale_model_input(x_t, t), t.to(device).expand(len(x_t)), **condition).sample  # one t a sample: DiT
         if eps.shape[1] == 2 * x_t.shape[1]:  # models that also predict a variance
             eps = eps.chunk(2, dim=1)[0]
         x_prev = scheduler.step(eps, t, x_t, **eta).prev_sample

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import diffusers
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -36,6 +37,8 @@ def save_quantized(model, folder):
         weights_per=state.weights_per,
         keep=state.kept,
         frozen=state.frozen,
+        # Convolutions in another memory format sum in another order.
+        channels_last=any(p.dim() == 4 and not p.is_contiguous() for p in model.parameters()),
         layers={name: _describe(layer.activation) for name, layer in quantized_layers(model).items()},
     )
     # Rounded weights of a frozen model follow from the weights and their steps: not stored twice.
@@ -54,18 +57,23 @@ def load_quantized(folder):
     try:
         settings = json.loads((folder / "quantization.json").read_text())
         tensors = load_file(folder / "model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise DataError(f"{folder} must hold quantization.json and model.safetensors as save_quantized writes them: {error}") from error
-    if settings.get("format") != FORMAT:
-        raise DataError(f"{folder} must have format {FORMAT}; got {settings.get('format')}. Save it with this version.")
+        if settings["format"] != FORMAT:
+            raise ValueError(f"format must be {FORMAT}, got {settings['format']}; save it with this version")
+        return _build(settings, tensors)
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
+        raise DataError(
+            f"{folder} must hold quantization.json and model.safetensors as save_quantized writes them: {error!r}"
+        ) from error
+
+
+def _build(settings, tensors):
+    """The quantized model that the contents of the two files describe."""
     model = getattr(diffusers, settings["model"]).from_config(settings["config"]).eval().requires_grad_(False)
+    model.to(memory_format=torch.channels_last if settings["channels_last"] else torch.contiguous_format)
     quantize(model, **{k: settings[k] for k in ("weights", "activations", "method", "keep", "weights_per")})
     for name, layer in quantized_layers(model).items():
         _rebuild(layer, settings["layers"][name], tensors, name)
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise DataError(f"{folder / 'model.safetensors'} does not fit quantization.json: {error}") from error
+    model.load_state_dict(tensors)
     if settings["frozen"]:
         round_weights(model)
     return model

@@ -1,5 +1,6 @@
 """Temporal Dynamic Quantization: a small network that predicts the step size from t alone."""
 
+import itertools
 import math
 
 import torch
@@ -59,7 +60,7 @@ class StepGenerator(StepSize):
         self.features = features or FourierFeatures()
         width = self.features(torch.zeros(1)).shape[1]
         sizes = [width] + [hidden] * (depth - 1)
-        layers = [m for a, b in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU())]
+        layers = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]
         self.mlp = nn.Sequential(*layers, nn.Dropout(dropout), nn.Linear(sizes[-1], 1))
         self._initialize(float(s_0))
 

@@ -44,7 +44,7 @@ def learning_rate(iteration, iterations, peak=1e-3, warmup=200, decay=0.3):
     return peak * min(1.0, (iteration + 1) / warmup, fall)
 
 
-def train_unet(out, iterations=7000, batch=128, seed=0, ema_decay=0.999, root=None, compiled=False, device="cpu"):
+def train_unet(out, iterations=5400, batch=128, seed=0, ema_decay=0.999, root=None, compiled=False, device="cpu"):
     """Train the shipped denoiser on the 60,000 training images; resume if ``out`` holds a run.
 
     Randomness of iteration i depends on (seed, i) alone and the state is saved every minute, so a
@@ -138,7 +138,7 @@ def _export(out, ema, scheduler, log, every=50):
     return out / "model"
 
 
-def train_classifier(out, epochs=10, batch=128, seed=0, root=None):
+def train_classifier(out, epochs=8, batch=128, seed=0, root=None):
     """Train the feature classifier on the 60,000 training images; write weights, accuracy and reference statistics.
 
     AdamW with a one-cycle rate (peak 3e-3), random horizontal flips, label smoothing 0.05.

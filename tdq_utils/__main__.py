@@ -1,0 +1,120 @@
+"""The long jobs as commands: ``python -m tdq_utils --help``."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from tdq_utils.errors import TDQError
+
+
+def demo(args):
+    """Execute the quickstart from scratch, print its table, write it as a page."""
+    import nbformat
+    from nbclient import NotebookClient
+    from nbconvert import HTMLExporter
+
+    source = Path(__file__).resolve().parents[1] / "notebooks" / "00_quickstart.ipynb"
+    notebook = nbformat.read(source, as_version=4)
+    print(f"Executing {source} (about two minutes on two CPU cores) ...", flush=True)
+    NotebookClient(notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": source.parent}}).execute()
+    for cell in notebook.cells:
+        if "headline" in cell.metadata.get("tags", []):
+            print("".join(output.get("text", "") for output in cell.outputs))
+    args.out.mkdir(parents=True, exist_ok=True)
+    page = args.out / "quickstart.html"
+    page.write_text(HTMLExporter().from_notebook_node(notebook)[0])
+    print(f"The rendered notebook: {page.resolve()}")
+
+
+def train_unet(args):
+    """Train the shipped denoiser."""
+    from tdq_utils.training import train_unet as train
+
+    folder = train(args.out, args.iterations, args.batch, args.seed, root=args.root, compiled=args.compile, device=args.device)
+    print(f"EMA weights: {folder}")
+
+
+def train_classifier(args):
+    """Train the feature classifier and measure the reference statistics."""
+    from tdq_utils.training import train_classifier as train
+
+    print(f"Test accuracy {train(args.out, args.epochs, seed=args.seed, root=args.root):.4f}; written to {args.out}")
+
+
+def compare(args):
+    """Compare quantizers on a model: rows of distances as CSV."""
+    from tdq_utils.experiments import compare, headline
+    from tdq_utils.models import load_model
+
+    settings = [(method, args.weights, bits) for bits in args.activations for method in args.methods]
+    table, _ = compare(*load_model(args.model), settings, seeds=range(args.images), steps=args.steps)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(args.out, index=False)
+    print(headline(table).to_string(index=False))
+    print(f"Written to {args.out}")
+
+
+def bench(args):
+    """Cost of profiling and of simulated quantization, as ratios to plain sampling."""
+    from tdq_utils.bench import bench, machine
+    from tdq_utils.models import load_model
+
+    print(machine())
+    print(bench(*load_model(args.model), repeats=args.repeats).round(3).to_string(index=False))
+
+
+def parser():
+    """The command line."""
+    top = argparse.ArgumentParser(prog="python -m tdq_utils", description="Quantization of diffusion models over time steps.")
+    commands = top.add_subparsers(dest="command", required=True)
+
+    def command(function, out=None):
+        name = function.__name__.replace("_", "-")
+        sub = commands.add_parser(name, help=function.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.set_defaults(run=function)
+        if out:
+            sub.add_argument("--out", type=Path, default=Path(out), help="where the results go")
+        return sub
+
+    command(demo, "runs")
+    for sub, steps in (
+        (command(train_unet, "runs/unet"), "iterations"),
+        (command(train_classifier, "runs/classifier"), "epochs"),
+    ):
+        sub.add_argument(f"--{steps}", type=int, default=dict(iterations=5400, epochs=8)[steps], help=f"{steps} of training")
+        sub.add_argument("--seed", type=int, default=0, help="of weights and data order")
+        sub.add_argument("--root", type=Path, help="folder with the full Fashion-MNIST (IDX files)")
+    unet = commands.choices["train-unet"]
+    unet.add_argument("--batch", type=int, default=128, help="images an iteration")
+    unet.add_argument("--compile", action="store_true", help="through torch.compile (needs a C++ compiler)")
+    unet.add_argument("--device", default="cpu", help="cpu or cuda")
+
+    sub = command(compare, "runs/compare.csv")
+    sub.add_argument("--model", default="fashion-mnist", help="short name, folder or hub id")
+    sub.add_argument(
+        "--methods", nargs="*", default=["minmax", "mse", "learned", "table", "tdq"], help="how step sizes are chosen"
+    )
+    sub.add_argument("--weights", type=int, default=8, help="bits")
+    sub.add_argument("--activations", type=int, nargs="+", default=[6, 5], help="bits")
+    sub.add_argument("--images", type=int, default=256, help="seeds 0.. of this many images")
+    sub.add_argument("--steps", type=int, default=20, help="sampling steps")
+
+    sub = command(bench)
+    sub.add_argument("--model", default="fashion-mnist", help="short name, folder or hub id")
+    sub.add_argument("--repeats", type=int, default=5, help="timed rounds")
+    return top
+
+
+def main(argv=None):
+    """Run one command; bad input ends with its message and status 2."""
+    args = parser().parse_args(argv)
+    try:
+        args.run(args)
+    except TDQError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

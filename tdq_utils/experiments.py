@@ -1,0 +1,109 @@
+"""A grid of settings -> tidy rows of distances, each with its protocol."""
+
+import time
+
+import pandas as pd
+
+from tdq_utils.calibration import calibrate
+from tdq_utils.datasets import load_images
+from tdq_utils.errors import TDQError
+from tdq_utils.fid import Statistics, extract_features, fcd, frechet_distance, paired_mse, psnr
+from tdq_utils.profiling import profile_activations
+from tdq_utils.quantize import freeze, quantize, restore
+from tdq_utils.sampling import checked_seeds, sample
+
+NAMES = {
+    "full precision": "full precision",
+    "minmax": "static, min-max",
+    "mse": "static, MSE",
+    "learned": "static, learned",
+    "table": "per-step table",
+    "tdq": "TDQ",
+    "dynamic": "dynamic, per tensor",
+    "dynamic-sample": "dynamic, per sample",
+}
+
+
+def compare(model, scheduler, settings, seeds=range(256), steps=20, calibration_seeds=range(10_000, 10_032), batch_size=64,
+            profile=None, progress=True):  # fmt: skip
+    """Sample the same seeds under each setting and measure how far the images move.
+
+    Args:
+        model: in full precision, and again so afterwards. scheduler, seeds, steps, batch_size: as for ``sample``.
+        settings: list of ``(method, weights, activations)``, such as ``("tdq", 8, 5)``.
+        calibration_seeds: of the trajectory that calibration sees; none of ``seeds`` may be among them.
+        profile: of that trajectory, to use instead of sampling it. progress: show bars.
+
+    Returns:
+        ``(table, images)``. The table has a row for full precision, one for each setting, and one for real images
+        (as many of the training set: the floor): columns ``method``, ``weights``, ``activations`` (bits), ``images``, ``steps``,
+        ``mse`` and ``mse_se`` (mean and standard error over images of the squared pixel difference to full precision),
+        ``psnr`` (dB), ``fcd`` (to the 10,000 test images), ``seconds`` (sampling). ``images`` maps
+        ``(method, weights, activations)`` to tensors, full precision under ``("full precision", None, None)``.
+
+    Raises:
+        TDQError: a calibration seed that is also evaluated.
+    """
+    seeds, calibration_seeds = checked_seeds(seeds), checked_seeds(calibration_seeds)
+    if both := set(seeds) & set(calibration_seeds):
+        raise TDQError(f"Calibration and evaluation must use different seeds; both hold {min(both)}. Move calibration_seeds.")
+    how = dict(steps=steps, batch_size=batch_size, progress=progress)
+    if profile is None:
+        profile = profile_activations(model, scheduler, calibration_seeds, **how)
+    key = ("full precision", None, None)
+    start = time.perf_counter()
+    images = {key: sample(model, scheduler, seeds, **how)}
+    rows = [_row(key, images[key], images[key], steps, time.perf_counter() - start)]
+    for key in settings:
+        method, weights, activations = key
+        quantize(model, weights=weights, activations=activations, method=method)
+        try:
+            calibrate(model, scheduler, profile=profile, progress=progress)
+            freeze(model, scheduler, steps=steps)
+            start = time.perf_counter()
+            images[key] = sample(model, scheduler, seeds, **how)
+            rows.append(_row(key, images[key], images["full precision", None, None], steps, time.perf_counter() - start))
+        finally:
+            restore(model)
+    rows.append(_floor(len(seeds)))
+    return pd.DataFrame(rows), images
+
+
+def _row(key, images, clean, steps, seconds):
+    method, weights, activations = key
+    error = paired_mse(images, clean)
+    return dict(
+        method=method,
+        weights=weights,
+        activations=activations,
+        images=len(images),
+        steps=steps,
+        mse=error.mean().item(),
+        mse_se=(error.std() / len(error) ** 0.5).item(),
+        psnr=psnr(images, clean),
+        fcd=fcd(images),
+        seconds=seconds,
+    )
+
+
+def _floor(n):
+    """Real against real: as many training images as a row has, against the reference."""
+    real = extract_features(load_images(split="train-10k")[:n])
+    return dict(method="real images", images=n, fcd=frechet_distance(Statistics.of(real), Statistics.load()))
+
+
+def headline(table):
+    """The table as a reader wants it: setting, bits, images, steps, distances to two significant digits."""
+    bits = [
+        f"W{w:.0f}A{a:.0f}" if w == w and w is not None else "-" for w, a in zip(table.weights, table.activations, strict=True)
+    ]
+    return pd.DataFrame(
+        {
+            "intervals": [NAMES.get(method, method) for method in table.method],
+            "bits": bits,
+            "images": table.images,
+            "steps": [f"{s:.0f}" if s == s else "-" for s in table.steps],
+            "distance to full precision": [f"{v:.2g}" if v == v else "-" for v in table.mse],
+            "FCD": [f"{v:.2g}" for v in table.fcd],
+        }
+    )

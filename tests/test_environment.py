@@ -1,0 +1,59 @@
+"""pip, conda and the README tell the same story."""
+
+import re
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PINS = dict(line.split("==") for line in (ROOT / "requirements.txt").read_text().split() if "==" in line)
+
+
+def test_conda_takes_everything_but_python_from_the_pip_list():
+    dependencies = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    conda, pip = [d for d in dependencies if isinstance(d, str)], [d for d in dependencies if isinstance(d, dict)]
+    assert {re.split("[=<>]", name)[0] for name in conda} == {"python", "pip"}
+    assert pip == [{"pip": ["-r requirements.txt", "-e ."]}]
+
+
+def test_every_requirement_is_pinned_exactly():
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert len(lines) == len(PINS)
+    assert all(re.fullmatch(r"[a-zA-Z0-9_-]+==[0-9.]+", line) for line in lines)
+
+
+def test_the_package_needs_nothing_that_is_not_pinned():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {re.split("[><=]", d)[0] for d in project["dependencies"] + project["optional-dependencies"]["dev"]}
+    assert names == set(PINS)
+    assert "torchvision" not in names
+
+
+@pytest.mark.parametrize("name", sorted(PINS))
+def test_the_pinned_version_is_installed(name):
+    assert version(name).split("+")[0] == PINS[name]
+
+
+def test_the_readme_names_real_make_targets():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    named = set(re.findall(r"`?make ([a-z]+)", (ROOT / "README.md").read_text()))
+    assert {"demo", "test"} <= named <= targets
+
+
+def test_data_stays_within_its_budget():
+    assert sum(p.stat().st_size for p in (ROOT / "data").rglob("*") if p.is_file()) <= 15 * 2**20
+
+
+def test_data_checksums_match_the_readme():
+    import hashlib
+
+    text = (ROOT / "data" / "README.md").read_text()
+    listed = {path: digest for digest, path in re.findall(r"^([0-9a-f]{64})  (\S+)$", text, flags=re.M)}
+    binary = {".gz", ".safetensors", ".npz"}
+    present = {str(p.relative_to(ROOT / "data")) for p in (ROOT / "data").rglob("*") if p.suffix in binary}
+    assert set(listed) == present
+    for path, digest in listed.items():
+        assert hashlib.sha256((ROOT / "data" / path).read_bytes()).hexdigest() == digest, path

@@ -1,0 +1,30 @@
+import subprocess
+import sys
+
+import pytest
+
+from tdq_utils.__main__ import main, parser
+
+
+@pytest.mark.parametrize("command", ["demo", "train-unet", "train-classifier", "compare", "bench"])
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert "default" in capsys.readouterr().out
+
+
+def test_bad_input_is_one_line_and_status_2(capsys):
+    assert main(["compare", "--model", "no such model"]) == 2
+    assert capsys.readouterr().err.startswith("error: load_model takes one of")
+
+
+def test_the_module_runs_as_a_program():
+    result = subprocess.run([sys.executable, "-m", "tdq_utils", "--help"], capture_output=True, text=True)
+    assert result.returncode == 0
+    assert "train-unet" in result.stdout
+
+
+def test_training_defaults_are_the_shipped_recipe():
+    args = parser().parse_args(["train-unet"])
+    assert (args.iterations, args.batch, args.seed) == (5400, 128, 0)

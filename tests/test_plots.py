@@ -1,0 +1,70 @@
+"""Every figure can be drawn, has labelled axes, and shows the numbers that it claims to show."""
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from tdq_utils import plots, profile_activations
+from tdq_utils.quantizers import squared_error
+
+matplotlib.use("Agg")
+
+
+@pytest.fixture
+def profile(unet, scheduler):
+    return profile_activations(unet, scheduler, seeds=range(4), steps=3, progress=False)
+
+
+@pytest.fixture(autouse=True)
+def style_and_close():
+    plots.set_style()
+    yield
+    plt.close("all")
+
+
+FIGURES = {
+    "drift_heatmap": lambda p: plots.drift_heatmap(p, p.layers[:5]),
+    "range_ribbon": lambda p: plots.range_ribbon(p, p.layers[2], static_bits=5),
+    "range_boxes": lambda p: plots.range_boxes(p, p.layers[2]),
+    "drift_scatter": lambda p: plots.drift_scatter(p.drift()),
+    "histogram_with_grid": lambda p: plots.histogram_with_grid(p, p.layers[2], t=p.t[1], bits=4),
+    "histogram_panels": lambda p: plots.histogram_panels(p, p.layers[2], t=p.t[:2], bits=4, s=[0.1, 0.2]),
+    "error_over_t": lambda p: plots.error_over_t(p, p.layers[2], 0.1, p.grid(p.layers[2], 4)),
+    "error_over_s": lambda p: plots.error_over_s(p, p.layers[2], t=p.t[0], bits=4),
+    "lines_over_t": lambda p: plots.lines_over_t({"mse": ([3, 2], [1, 2]), "tdq": ([3, 2], [2, 3])}, "s", "title"),
+    "staircase": lambda p: plots.staircase({"s = 1": (torch.arange(3.0), torch.arange(3.0))}),
+    "learning_curve": lambda p: plots.learning_curve([3, 2, 1], 1.0, "s", "title"),
+    "feature_image": lambda p: plots.feature_image(torch.rand(20, 4)),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_axes_are_labelled(name, profile):
+    ax = FIGURES[name](profile).axes[0]
+    assert ax.get_xlabel()
+    assert ax.get_ylabel()
+    assert ax.get_title(loc="left")
+
+
+def test_distance_bars_name_the_full_precision_line():
+    rows = [dict(method="full precision", fcd=1.0), dict(method="tdq", weights=8, activations=5, fcd=2.0)]
+    ax = plots.distance_bars(pd.DataFrame(rows)).axes[0]
+    assert "full precision" in [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def test_image_rows_shows_the_same_columns_in_every_row():
+    fig = plots.image_rows({"a": torch.zeros(5, 1, 4, 4), "b": torch.ones(5, 1, 4, 4)}, columns=3)
+    assert [ax.images[0].get_array().shape for ax in fig.axes] == [(4, 12), (4, 12)]
+    assert [ax.get_ylabel() for ax in fig.axes] == ["a", "b"]
+
+
+def test_truncation_and_rounding_add_up_to_the_error(profile):
+    layer = profile.layers[2]
+    grid, (values, counts) = profile.grid(layer, 4), profile.values(layer)
+    s = profile.best_steps(layer, 4)[0].expand(len(values)) * 0.4
+    truncation, rounding = plots.split_error(values, counts, s, grid)
+    assert truncation[0] > 0
+    np.testing.assert_allclose(truncation + rounding, squared_error(values, counts, s, grid) / counts.sum(1), rtol=1e-5)

@@ -1,0 +1,103 @@
+"""Noise from seeds, the time steps, and DDIM against the formula."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from tdq_utils import sample
+from tdq_utils.errors import TDQError
+from tdq_utils.sampling import checked_seeds, noise, timesteps
+
+
+def draw(model, scheduler, seeds=range(4), **options):
+    return sample(model, scheduler, seeds, **{"steps": 4, "progress": False, **options})
+
+
+def test_noise_depends_on_its_seed_alone():
+    three = noise([5, 0, 7], (1, 8, 8))
+    torch.randn(10)  # the global generator plays no part
+    assert torch.equal(three[2], noise([7], (1, 8, 8))[0])
+    assert not torch.equal(three[0], three[1])
+    assert noise(range(200), (64,)).std() == pytest.approx(1, abs=0.03)
+
+
+def test_same_seeds_same_bits(unet, scheduler):
+    assert torch.equal(draw(unet, scheduler), draw(unet, scheduler))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_images_do_not_depend_on_their_batch(denoiser, scheduler, batch_size):
+    """To the rounding of sums (5e-7 a call), which the first step from t = 999 multiplies by up to 150."""
+    model, condition = denoiser
+    together = draw(model, scheduler, range(3), condition=condition)
+    apart = draw(model, scheduler, range(3), batch_size=batch_size, condition=condition)
+    torch.testing.assert_close(apart, together, atol=2e-4, rtol=0)
+    assert (together[0] - together[1]).abs().mean() > 0.1
+
+
+def test_ddim_is_the_formula(unet, scheduler):
+    """Song et al. 2021, eq. 12 with sigma = 0, on x_0 clipped to [-1, 1]."""
+    alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
+    x = noise(range(4), (1, 8, 8)).to(memory_format=torch.channels_last)
+    for t, t_next in [(999, 749), (749, 499), (499, 249), (249, -1)]:
+        now, after = alpha_bar[t], alpha_bar[t_next] if t_next >= 0 else torch.tensor(1.0)
+        eps = unet(x, t).sample
+        x_0 = ((x - (1 - now).sqrt() * eps) / now.sqrt()).clamp(-1, 1)
+        x = after.sqrt() * x_0 + (1 - after).sqrt() * eps
+    torch.testing.assert_close(draw(unet, scheduler), x, atol=1e-4, rtol=0)
+
+
+def test_callback_sees_every_step(unet, scheduler):
+    calls = []
+    images = draw(unet, scheduler, [3, 1, 4], batch_size=2, callback=calls.append)
+    assert [(call["step"], call["t"]) for call in calls] == [(0, 999), (1, 749), (2, 499), (3, 249)] * 2
+    assert [call["seeds"] for call in calls[::4]] == [[3, 1], [4]]
+    assert torch.equal(calls[0]["x_t"], noise([3, 1], (1, 8, 8)))
+    assert all(torch.equal(a["x_prev"], b["x_t"]) for a, b in zip(calls[:3], calls[1:4], strict=True))
+    assert torch.equal(calls[0]["eps"], unet(calls[0]["x_t"], 999).sample)
+    assert torch.equal(images, torch.cat([calls[3]["x_prev"], calls[7]["x_prev"]]))
+
+
+def test_scheduler_is_left_alone(unet, scheduler):
+    before = (dict(scheduler.config), scheduler.timesteps.clone(), scheduler.num_inference_steps)
+    draw(unet, scheduler)
+    assert scheduler.config == before[0] and torch.equal(scheduler.timesteps, before[1])
+    assert scheduler.num_inference_steps is before[2] is None
+
+
+def test_condition_goes_with_its_seed(denoiser, scheduler):
+    """Each sample gets its own row of the condition, in any batch; another condition gives another image."""
+    model, condition = denoiser
+    if not condition:
+        pytest.skip("this model takes no condition")
+    images = draw(model, scheduler, [0, 0, 0], condition=condition, batch_size=2)
+    assert (images[0] - images[2]).abs().max() > 1e-3
+    alone = draw(model, scheduler, [0], condition={key: value[2:] for key, value in condition.items()})
+    torch.testing.assert_close(images[2:], alone, atol=2e-4, rtol=0)
+
+
+def test_other_schedulers_have_no_eta(unet):
+    images = draw(unet, DDPMScheduler(timestep_spacing="trailing"))
+    assert images.shape == (4, 1, 8, 8) and images.isfinite().all()
+
+
+def test_time_steps_and_seeds(scheduler):
+    assert timesteps(scheduler, 4) == [999, 749, 499, 249]
+    assert timesteps(scheduler, 1000) == list(range(999, -1, -1))
+    assert checked_seeds(7) == [7] and checked_seeds(torch.arange(2)) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seeds": range(0)}, r"at least one image; got an empty range. Pass for example range\(16\)"),
+        ({"steps": 0}, "steps must be from 1 to 1000; got 0"),
+        ({"steps": 1001}, "steps must be from 1 to 1000; got 1001"),
+        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"condition": {"class_labels": torch.zeros(3)}}, "one row for each of the 4 seeds; got {'class_labels': 3}"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_input(unet, scheduler, options, message):
+    with pytest.raises(TDQError, match=message):
+        draw(unet, scheduler, **options)

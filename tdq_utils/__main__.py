@@ -42,16 +42,31 @@ def train_classifier(args):
 
 
 def compare(args):
-    """Compare quantizers on a model: rows of distances as CSV."""
-    from tdq_utils.experiments import compare, headline
+    """Compare quantizers on a model: rows of distances as CSV, optionally a picture."""
+    from tdq_utils import plots
+    from tdq_utils.experiments import CALIBRATION_SEEDS, compare, headline
     from tdq_utils.models import load_model
+    from tdq_utils.profiling import profile_activations
+    from tdq_utils.quantize import kept_layers
 
+    model, scheduler = load_model(args.model)
     settings = [(method, args.weights, bits) for bits in args.activations for method in args.methods]
-    table, _ = compare(*load_model(args.model), settings, seeds=range(args.images), steps=args.steps)
+    profile = profile_activations(model, scheduler, CALIBRATION_SEEDS, args.steps)
+    table, images = compare(model, scheduler, settings, seeds=range(args.images), steps=args.steps, profile=profile)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(args.out, index=False)
+    table.to_csv(args.out, index=False, float_format="%.6g")
     print(headline(table).to_string(index=False))
     print(f"Written to {args.out}")
+    if args.picture:
+        bits = min(args.activations)
+        rows = {
+            "full precision": ("full precision", None, None),
+            "static, MSE": ("mse", args.weights, bits),
+            "TDQ": ("tdq", args.weights, bits),
+        }
+        plots.set_style()
+        layer = profile.drift(bits).set_index("layer").ratio.drop(index=kept_layers(model)).idxmax()
+        plots.drift_and_rescue(profile, layer, {label: images[key] for label, key in rows.items()}, bits).savefig(args.picture)
 
 
 def bench(args):
@@ -98,6 +113,7 @@ def parser():
     sub.add_argument("--activations", type=int, nargs="+", default=[6, 5], help="bits")
     sub.add_argument("--images", type=int, default=256, help="seeds 0.. of this many images")
     sub.add_argument("--steps", type=int, default=20, help="sampling steps")
+    sub.add_argument("--picture", type=Path, help="also draw drift and rescue (needs mse and tdq among the methods)")
 
     sub = command(bench)
     sub.add_argument("--model", default="fashion-mnist", help="short name, folder or hub id")

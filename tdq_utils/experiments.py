@@ -23,8 +23,10 @@ NAMES = {
     "dynamic-sample": "dynamic, per sample",
 }
 
+CALIBRATION_SEEDS = range(10_000, 10_032)
 
-def compare(model, scheduler, settings, seeds=range(256), steps=20, calibration_seeds=range(10_000, 10_032), batch_size=64,
+
+def compare(model, scheduler, settings, seeds=range(256), steps=20, calibration_seeds=CALIBRATION_SEEDS, batch_size=16,
             profile=None, progress=True):  # fmt: skip
     """Sample the same seeds under each setting and measure how far the images move.
 

@@ -5,6 +5,7 @@ import numpy as np
 import seaborn as sns
 import torch
 
+from tdq_utils.experiments import NAMES
 from tdq_utils.profiling import bin_centres
 from tdq_utils.quantizers import fake_quantize, mse_step, squared_error
 
@@ -43,19 +44,33 @@ def image_rows(rows, columns=10, title=None):
     """Rows of images, one row a setting, the same seeds in each column.
 
     Args:
-        rows: ``{label: images "image 1 height width" in [-1, 1]}``.
+        rows: ``{label: images "image 1 height width" in [-1, 1]}``. columns: images a row.
     """
-    fig, axes = plt.subplots(
-        len(rows), 1, figsize=(0.75 * columns + 1.6, 0.8 * len(rows) + 0.4), layout="constrained", squeeze=False
-    )
+    fig = plt.figure(figsize=(0.75 * columns + 1.6, 0.8 * len(rows) + 0.4), layout="constrained")
+    _image_rows(fig, rows, columns)
+    if title:
+        fig.suptitle(title, x=0.01, ha="left", fontsize="medium")
+    return fig
+
+
+def _image_rows(fig, rows, columns):
+    axes = fig.subplots(len(rows), 1, squeeze=False)
     for ax, (label, images) in zip(axes[:, 0], rows.items(), strict=True):
         strip = torch.cat(list(images[:columns, 0].clamp(-1, 1)), dim=1)
         ax.imshow(strip, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
         ax.set(xticks=[], yticks=[])
         ax.grid(False)
         ax.set_ylabel(label, rotation=0, ha="right", va="center")
-    if title:
-        fig.suptitle(title, x=0.01, ha="left", fontsize="medium")
+
+
+def drift_and_rescue(profile, layer, rows, bits):
+    """The README's picture: one layer's range over t with its best static interval, and what intervals do to pictures."""
+    fig = plt.figure(figsize=(12, 3.3), layout="constrained")
+    left, right = fig.subfigures(1, 2, width_ratios=[1, 1.35])
+    range_ribbon(profile, layer, static_bits=bits, ax=left.subplots())
+    left.suptitle("Activations drift over the time steps ...", fontsize="medium")
+    _image_rows(right, rows, columns=10)
+    right.suptitle(f"... so the interval should, too (8-bit weights, {bits}-bit activations)", fontsize="medium")
     return fig
 
 
@@ -71,7 +86,11 @@ def drift_heatmap(profile, layers=None, ax=None):
         cbar_kws={"label": "log2(range at t / mean range)"},
     )  # fmt: skip
     ax.tick_params(axis="y", labelsize=7)
-    ax.set(xlabel=T_AXIS, ylabel="layer", title="Each row is a layer: red where it needs a wider interval than on average, blue a narrower one")
+    ax.set(
+        xlabel=T_AXIS,
+        ylabel="layer",
+        title="Each row is a layer: red where it needs a wider interval than on average, blue a narrower one",
+    )
     return ax.figure
 
 
@@ -274,7 +293,8 @@ def distance_bars(table, ax=None):
     ax = _axes(ax, 6.5, 3)
     rows = table[table.weights.notna()]
     bits = [f"W{w:.0f}A{a:.0f}" for w, a in zip(rows.weights, rows.activations, strict=True)]
-    sns.barplot(rows, x=bits, y="fcd", hue="method", palette=COLOURS, ax=ax)
+    palette = {NAMES[method]: colour for method, colour in COLOURS.items()}
+    sns.barplot(rows, x=bits, y="fcd", hue=rows.method.map(NAMES), palette=palette, ax=ax)
     full = table.loc[table.method == "full precision", "fcd"].item()
     ax.axhline(full, color=COLOURS["full precision"], ls="--", label="full precision")
     ax.set(xlabel="", ylabel="FCD to the test set (lower is better)")

@@ -275,5 +275,5 @@ def profile_activations(model, scheduler, seeds=range(64), steps=50, layers=None
         TDQError: no seeds, a step count out of range, or activations that are not finite.
     """
     with recording(model, layers) as cells:
-        sample(model, scheduler, seeds, steps, **sampling)
+        sample(model, scheduler, seeds, steps, pad=False, **sampling)  # an image that fills a batch must not count
     return as_profile(cells)

@@ -38,22 +38,24 @@ def checked_seeds(seeds):
 
 
 @torch.no_grad()
-def sample(model, scheduler, seeds=range(64), steps=50, batch_size=64, callback=None, condition=None, progress=True):
+def sample(model, scheduler, seeds=range(64), steps=50, batch_size=16, callback=None, condition=None, progress=True, pad=True):
     """Generate one image per seed with DDIM (Song et al. 2021, eta = 0).
 
-    Image i depends on its own seed, not on its batch. (Sums of a different batch size may differ in
-    the last bit; same seeds, same batch size, same machine: same bits.)
+    Every batch is filled up to ``batch_size``, because the last bits of a convolution depend on the size of its
+    batch, and a quantizer turns a last bit into a whole level. So the bits of image i depend on its seed, the
+    machine and ``batch_size`` alone: not on its neighbours, their number, or its place among them.
 
     Args:
         model: any diffusers denoiser that takes ``(sample, timestep)``, in the state it is in
             (full precision, or quantized and calibrated).
         scheduler: a diffusers scheduler; it is copied, never changed.
-        seeds: one int an image. steps: sampling steps. batch_size: images at a time.
+        seeds: one int an image. steps: sampling steps. batch_size: images at a time; 16 is as fast as more on a
+            CPU, a GPU wants hundreds.
         callback: called after each step with a dict: ``step`` (index), ``t``, ``x_t`` (before the step),
             ``eps`` (the model's output), ``x_prev`` (after the step), ``seeds`` (of this batch).
         condition: further keyword arguments of the model, such as ``{"class_labels": tensor}``, each with one
             row a seed.
-        progress: show a bar over model calls.
+        progress: show a bar over model calls. pad: fill up the last batch.
 
     Returns:
         Images ``"seed channel height width"`` float32 on the CPU, in [-1, 1] for models of images.
@@ -64,34 +66,41 @@ def sample(model, scheduler, seeds=range(64), steps=50, batch_size=64, callback=
     seeds = checked_seeds(seeds)
     if batch_size < 1:
         raise TDQError(f"batch_size must be at least 1; got {batch_size}.")
-    if wrong := {k: len(v) for k, v in (condition or {}).items() if len(v) != len(seeds)}:
+    condition = condition or {}
+    if wrong := {k: len(v) for k, v in condition.items() if len(v) != len(seeds)}:
         raise TDQError(f"condition must have one row for each of the {len(seeds)} seeds; got {wrong}.")
-    parts = [slice(i, i + batch_size) for i in range(0, len(seeds), batch_size)]
+    starts = range(0, len(seeds), batch_size)
+    total = len(timesteps(scheduler, steps)) * len(starts)
     images = []
-    with tqdm(total=len(timesteps(scheduler, steps)) * len(parts), desc="sample", disable=not progress, leave=False) as bar:
-        for part in parts:
-            rows = {k: v[part] for k, v in (condition or {}).items()}
-            images.append(_trajectory(model, scheduler, seeds[part], steps, callback, rows, bar))
+    with tqdm(total=total, desc="sample", disable=not progress, leave=False) as bar:
+        for start in starts:
+            rows = list(range(start, min(start + batch_size, len(seeds))))
+            filled = rows + [rows[-1]] * (batch_size - len(rows) if pad else 0)
+            x_t = noise([seeds[row] for row in filled], _shape(model))
+            given = {key: value[filled] for key, value in condition.items()}
+            images.append(_trajectory(model, scheduler, x_t, steps, given, callback, [seeds[row] for row in rows], bar))
     return torch.cat(images)
 
 
-def _trajectory(model, scheduler, seeds, steps, callback, condition, bar):
-    device = next(model.parameters()).device
-    condition = {k: v.to(device) for k, v in condition.items()}
+def _trajectory(model, scheduler, x_t, steps, condition, callback, seeds, bar):
+    """Take noise ``x_t`` to images; the first ``len(seeds)`` of them count, the rest fill the batch."""
+    device, n = next(model.parameters()).device, len(seeds)
+    condition = {key: value.to(device) for key, value in condition.items()}
     scheduler = type(scheduler).from_config(scheduler.config)  # a scheduler keeps state while it samples
     scheduler.set_timesteps(steps)
     eta = {"eta": 0.0} if "eta" in inspect.signature(scheduler.step).parameters else {}
-    x_t = noise(seeds, _shape(model)).to(device, memory_format=torch.channels_last) * scheduler.init_noise_sigma
+    x_t = x_t.to(device, memory_format=torch.channels_last) * scheduler.init_noise_sigma
     for step, t in enumerate(scheduler.timesteps):
-        eps = model(scheduler.scale_model_input(x_t, t), t.to(device).expand(len(x_t)), **condition).sample  # one t a sample: DiT
+        one_t_a_sample = t.to(device).expand(len(x_t))  # DiT takes no single t
+        eps = model(scheduler.scale_model_input(x_t, t), one_t_a_sample, **condition).sample
         if eps.shape[1] == 2 * x_t.shape[1]:  # models that also predict a variance
             eps = eps.chunk(2, dim=1)[0]
         x_prev = scheduler.step(eps, t, x_t, **eta).prev_sample
         if callback:
-            callback(dict(step=step, t=int(t), x_t=x_t, eps=eps, x_prev=x_prev, seeds=seeds))
+            callback(dict(step=step, t=int(t), x_t=x_t[:n], eps=eps[:n], x_prev=x_prev[:n], seeds=seeds))
         x_t = x_prev
         bar.update()
-    return x_t.float().cpu().contiguous()
+    return x_t[:n].float().cpu().contiguous()
 
 
 def _shape(model):

@@ -240,11 +240,10 @@ def test_learned_step_takes_the_gradient_and_stays_positive():
     quantizer = ActivationQuantizer(4, Grid(4), source)
     quantizer(torch.randn(2, 9), TimeSteps(0, 2)).square().sum().backward()
     (parameter,) = source.parameters()
-    assert source(None, None, None) == pytest.approx(0.25) and parameter.grad.abs() > 0
-    torch.optim.SGD([parameter], lr=0.2 / parameter.grad.abs().item()).step()
-    assert source(None, None, None) != pytest.approx(0.25)
-    torch.nn.init.constant_(parameter, -30)
-    assert source(None, None, None) > 0
+    assert source.s.item() == pytest.approx(0.25) and parameter.grad.abs() > 0
+    for wild in (-30.0, 0.0, 5.0):
+        torch.nn.init.constant_(parameter, wild)
+        assert source(None, None, None) > 0
 
 
 def test_activation_quantizer_needs_a_step():

@@ -15,7 +15,7 @@ def demo(args):
 
     source = Path(__file__).resolve().parents[1] / "notebooks" / "00_quickstart.ipynb"
     notebook = nbformat.read(source, as_version=4)
-    print(f"Executing {source} (about two minutes on two CPU cores) ...", flush=True)
+    print(f"Executing {source} (about three minutes on two CPU cores) ...", flush=True)
     NotebookClient(notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": source.parent}}).execute()
     for cell in notebook.cells:
         if "headline" in cell.metadata.get("tags", []):
@@ -44,7 +44,7 @@ def train_classifier(args):
 def compare(args):
     """Compare quantizers on a model: rows of distances as CSV, optionally a picture."""
     from tdq_utils import plots
-    from tdq_utils.experiments import CALIBRATION_SEEDS, compare, headline
+    from tdq_utils.experiments import CALIBRATION_SEEDS, NAMES, compare, headline
     from tdq_utils.models import load_model
     from tdq_utils.profiling import profile_activations
     from tdq_utils.quantize import kept_layers
@@ -59,14 +59,11 @@ def compare(args):
     print(f"Written to {args.out}")
     if args.picture:
         bits = min(args.activations)
-        rows = {
-            "full precision": ("full precision", None, None),
-            "static, MSE": ("mse", args.weights, bits),
-            "TDQ": ("tdq", args.weights, bits),
-        }
+        keys = {"full precision": (None, None), **dict.fromkeys(("minmax", "mse", "tdq"), (args.weights, bits))}
+        rows = {NAMES[method]: images[method, *key] for method, key in keys.items()}
         plots.set_style()
         layer = profile.drift(bits).set_index("layer").ratio.drop(index=kept_layers(model)).idxmax()
-        plots.drift_and_rescue(profile, layer, {label: images[key] for label, key in rows.items()}, bits).savefig(args.picture)
+        plots.drift_and_rescue(profile, layer, rows, bits).savefig(args.picture)
 
 
 def bench(args):
@@ -113,7 +110,7 @@ def parser():
     sub.add_argument("--activations", type=int, nargs="+", default=[6, 5], help="bits")
     sub.add_argument("--images", type=int, default=256, help="seeds 0.. of this many images")
     sub.add_argument("--steps", type=int, default=20, help="sampling steps")
-    sub.add_argument("--picture", type=Path, help="also draw drift and rescue (needs mse and tdq among the methods)")
+    sub.add_argument("--picture", type=Path, help="also draw drift and rescue (needs minmax, mse and tdq among the methods)")
 
     sub = command(bench)
     sub.add_argument("--model", default="fashion-mnist", help="short name, folder or hub id")

@@ -50,6 +50,8 @@ def calibrate(model, scheduler, seeds=range(64), steps=20, method=None, profile=
     if method in DYNAMIC or state.activations is None:
         return
     sampling = {key: options.pop(key) for key in ("batch_size", "condition") if key in options}
+    if options and method not in ("learned", "tdq"):
+        raise TDQError(f"method {method!r} takes no further options; got {', '.join(options)}. They are for learned and tdq.")
     layers = quantized_layers(model)
     if profile is None:
         with full_precision(model):
@@ -58,7 +60,9 @@ def calibrate(model, scheduler, seeds=range(64), steps=20, method=None, profile=
         raise TDQError(f"profile must hold every quantized layer; {len(missing)} are missing, {min(missing)} among them.")
     problems = {name: _Problem(profile, name, state.activations) for name in layers}
     chosen = CHOOSERS[method](problems, progress=progress, **options)
+    state.frozen = False
     for name, layer in layers.items():
+        layer.rounded = None
         layer.activation.grid = problems[name].grid
         layer.activation.step = chosen[name].to(layer.weight.device).eval()
     state.method = method

@@ -134,7 +134,7 @@ def range_boxes(profile, layer, ax=None):
     i = profile.row(layer)
     quantiles = np.stack([_quantile(profile, i, q) for q in (0.001, 0.25, 0.5, 0.75, 0.999)])
     keys = ("whislo", "q1", "med", "q3", "whishi")
-    boxes = [dict(zip(keys, column, strict=True), label=str(t)) for column, t in zip(quantiles.T, profile.t, strict=True)]
+    boxes = [dict(zip(keys, column, strict=True), label=t) for column, t in zip(quantiles.T, _thinned(profile.t), strict=True)]
     ax = _axes(ax)
     ax.bxp(
         boxes, showfliers=False, patch_artist=True, boxprops=dict(facecolor=PALETTE[0], alpha=0.5), medianprops=dict(color="k")

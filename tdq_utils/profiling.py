@@ -208,7 +208,7 @@ def recording(model, layers=None):
     """While open, count the inputs of the model's conv and linear layers; the hooks are gone afterwards.
 
     Yields a dict ``{(layer, t): statistics}`` that :func:`as_profile` turns into a :class:`Profile`.
-    Set ``cells.t`` before each call of the model, or let :func:`profile_activations` do all of it.
+    The time step of each call is read from the call itself.
     """
     cells, clock = {}, {"t": None}
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import nn
@@ -32,7 +33,7 @@ class Grid:
     low: float | None = None
 
     def __post_init__(self):
-        if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+        if not isinstance(self.bits, Integral) or not 2 <= self.bits <= 8:
             raise TDQError(f"bits must be a whole number from 2 to 8; got {self.bits!r}.")
         if self.low is not None and self.low > 0:
             raise TDQError(f"low must be None (symmetric) or <= 0; got {self.low}.")

@@ -1,6 +1,7 @@
 """Noise from seeds, and the deterministic sampler with a callback."""
 
 import inspect
+from numbers import Integral
 
 import torch
 from tqdm.auto import tqdm
@@ -31,7 +32,7 @@ def timesteps(scheduler, steps):
 
 def checked_seeds(seeds):
     """``seeds`` as a non-empty list of ints; a single int is a list of one. TDQError: none given."""
-    seeds = [seeds] if isinstance(seeds, int) else [int(seed) for seed in seeds]
+    seeds = [int(seeds)] if isinstance(seeds, Integral) else [int(seed) for seed in seeds]
     if not seeds:
         raise TDQError("seeds must name at least one image; got an empty range. Pass for example range(16).")
     return seeds
@@ -43,7 +44,8 @@ def sample(model, scheduler, seeds=range(64), steps=50, batch_size=16, callback=
 
     Every batch is filled up to ``batch_size``, because the last bits of a convolution depend on the size of its
     batch, and a quantizer turns a last bit into a whole level. So the bits of image i depend on its seed, the
-    machine and ``batch_size`` alone: not on its neighbours, their number, or its place among them.
+    machine and ``batch_size`` alone: not on its neighbours, their number, or its place among them. (The method
+    "dynamic" is the exception: its interval is that of the whole batch, by definition.)
 
     Args:
         model: any diffusers denoiser that takes ``(sample, timestep)``, in the state it is in

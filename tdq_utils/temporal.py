@@ -58,6 +58,8 @@ class StepGenerator(StepSize):
         if not s_0 > 0:
             raise TDQError(f"s_0 must be positive; got {s_0}.")
         self.features = features or FourierFeatures()
+        if depth < 1:
+            raise TDQError(f"depth must be at least 1 linear layer; got {depth}.")
         width = self.features(torch.zeros(1)).shape[1]
         sizes = [width] + [hidden] * (depth - 1)
         layers = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]

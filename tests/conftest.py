@@ -49,6 +49,8 @@ CONFIGS = {
 }
 STEPS = 4  # of the profile: t = 999, 749, 499, 249
 
+torch.set_num_threads(1)  # models this small gain nothing from more, and wait for them on a busy machine
+
 
 def build(kind):
     """A random model of this kind, the same every time."""

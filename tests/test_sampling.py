@@ -27,12 +27,20 @@ def test_same_seeds_same_bits(unet, scheduler):
     assert torch.equal(draw(unet, scheduler), draw(unet, scheduler))
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_images_do_not_depend_on_their_batch(denoiser, scheduler, batch_size):
-    """To the rounding of sums (5e-7 a call), which the first step from t = 999 multiplies by up to 150."""
+@pytest.mark.parametrize("seeds", [[2], [2, 0], [1, 0, 2], [9, 8, 7, 2, 6]], ids=str)
+def test_an_image_does_not_depend_on_its_neighbours(unet, scheduler, seeds):
+    """Bit for bit: alone, in another place, among others, in the first batch or the last."""
+    expected = draw(unet, scheduler, range(3), batch_size=4)[2]
+    assert torch.equal(draw(unet, scheduler, seeds, batch_size=4)[seeds.index(2)], expected)
+
+
+@pytest.mark.parametrize("pad", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_batch_size_changes_the_last_bits_at_most(denoiser, scheduler, batch_size, pad):
+    """The rounding of sums (5e-7 a call), which the first step from t = 999 multiplies by up to 150."""
     model, condition = denoiser
     together = draw(model, scheduler, range(3), condition=condition)
-    apart = draw(model, scheduler, range(3), batch_size=batch_size, condition=condition)
+    apart = draw(model, scheduler, range(3), batch_size=batch_size, condition=condition, pad=pad)
     torch.testing.assert_close(apart, together, atol=2e-4, rtol=0)
     assert (together[0] - together[1]).abs().mean() > 0.1
 
@@ -75,6 +83,16 @@ def test_condition_goes_with_its_seed(denoiser, scheduler):
     assert (images[0] - images[2]).abs().max() > 1e-3
     alone = draw(model, scheduler, [0], condition={key: value[2:] for key, value in condition.items()})
     torch.testing.assert_close(images[2:], alone, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("denoiser", [DiTTransformer2DModel], indirect=True)
+def test_a_predicted_variance_is_dropped(denoiser, scheduler):
+    model, condition = denoiser
+    calls = []
+    draw(model, scheduler, range(3), condition=condition, callback=calls.append)
+    output = model(calls[0]["x_t"], torch.tensor([999] * 3), **condition).sample
+    assert output.shape == (3, 4, 8, 8)
+    torch.testing.assert_close(calls[0]["eps"], output[:, :2], atol=1e-5, rtol=0)
 
 
 def test_other_schedulers_have_no_eta(unet):

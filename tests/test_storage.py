@@ -10,10 +10,10 @@ from tdq_utils.errors import DataError, TDQError
 from tdq_utils.quantize import METHODS, quantized_layers
 from tdq_utils.temporal import RawTime
 
+CHANNELS_LAST = [(method, frozen, torch.channels_last) for method in METHODS for frozen in (False, True)]
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels-last"])
-@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
-@pytest.mark.parametrize("method", METHODS)
+
+@pytest.mark.parametrize(("method", "frozen", "layout"), [*CHANNELS_LAST, ("table", True, torch.contiguous_format)])
 def test_round_trip_is_exact(calibrated, scheduler, tmp_path, method, frozen, layout):
     model = calibrated(method).to(memory_format=layout)
     if frozen:

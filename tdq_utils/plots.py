@@ -41,11 +41,7 @@ def _time_axis(ax):
 
 
 def image_rows(rows, columns=10, title=None):
-    """Rows of images, one row a setting, the same seeds in each column.
-
-    Args:
-        rows: ``{label: images "image 1 height width" in [-1, 1]}``. columns: images a row.
-    """
+    """``{label: images "image 1 height width" in [-1, 1]}`` as rows, the same seeds in each column."""
     fig = plt.figure(figsize=(0.75 * columns + 1.6, 0.8 * len(rows) + 0.4), layout="constrained")
     _image_rows(fig, rows, columns)
     if title:

@@ -199,8 +199,7 @@ class LearnedStep(StepSize):
 class DynamicStep(StepSize):
     """The min-max step of the tensor at hand: per tensor, or per sample. Costs time at every call.
 
-    Args:
-        per: ``"tensor"`` or ``"sample"``.
+    ``per``: ``"tensor"`` or ``"sample"``.
     """
 
     def __init__(self, per="tensor"):
@@ -251,8 +250,7 @@ class TimeSteps:
     """The time steps of one call of the model: distinct values, and which sample has which.
 
     Args:
-        t: number, or tensor of one element or one for each sample.
-        batch: number of samples.
+        t: number, or tensor of one element or one for each sample. batch: number of samples.
 
     Raises:
         TDQError: ``t`` has neither 1 nor ``batch`` elements.

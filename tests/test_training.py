@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 from diffusers import UNet2DModel
 
 from tdq_utils import load_model, training
+from tdq_utils.errors import TDQError
 from tdq_utils.fid import Statistics, load_classifier
-from tdq_utils.training import learning_rate, train_classifier, train_unet
+from tdq_utils.training import check_gradients, learning_rate, train_classifier, train_unet
 
 
 @pytest.fixture
@@ -22,9 +24,9 @@ def tiny(monkeypatch, unet):
     monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=itertools.count(step=100).__next__))
 
 
-def train(out):
+def train(out, **options):
     torch.manual_seed(3)  # of the images
-    return train_unet(out, iterations=3, batch=4)
+    return train_unet(out, iterations=3, batch=4, **options)
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tiny, monkeypatch, tmp_path):
@@ -85,3 +87,21 @@ def test_train_classifier_writes_what_distances_need(monkeypatch, tmp_path):
     reference = Statistics.load(tmp_path / "fashion-mnist-test.npz")
     assert reference.n == 96
     np.testing.assert_allclose(reference.mu, features.mean(0), atol=0.01)  # pixels rounded to 8 bits
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_run_learns_what_an_eager_one_learns(tiny, tmp_path):
+    for compiled in (False, True):
+        train(tmp_path / str(compiled), compiled=compiled)
+    eager, compiled = (torch.load(tmp_path / run / "state.pt") for run in ("False", "True"))
+    assert compiled["log"] == pytest.approx(eager["log"], rel=1e-4)
+    for key, weight in eager["model"].items():
+        torch.testing.assert_close(compiled["model"][key], weight, atol=1e-5, rtol=1e-3)
+
+
+def test_a_wrong_gradient_stops_the_run_before_it_starts():
+    right = {"conv.weight": torch.ones(4), "conv.bias": torch.ones(1)}
+    check_gradients(right, {**right, "conv.bias": torch.ones(1) + 1e-5})
+    for wrong in (torch.zeros(4), torch.full((4,), torch.nan)):
+        with pytest.raises(TDQError, match=r"conv.weight differs .* without --compile"):
+            check_gradients(right, {**right, "conv.weight": wrong})

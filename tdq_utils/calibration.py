@@ -1,28 +1,38 @@
 """Post-training quantization: measure the model's own trajectory, then choose every step size."""
 
+import inspect
+
+import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from tdq_utils import reconstruction
+from tdq_utils.calibration_set import CalibrationSet, skewed_density
 from tdq_utils.errors import TDQError
-from tdq_utils.profiling import profile_activations
+from tdq_utils.profiling import as_profile, recording
 from tdq_utils.quantize import CALIBRATED, DYNAMIC, METHODS, checked_state, full_precision, quantized_layers
-from tdq_utils.quantizers import LearnedStep, StaticStep, TableStep, squared_error
+from tdq_utils.quantizers import LearnedStep, StaticStep, TableStep, mse_step, squared_error
 from tdq_utils.temporal import StepGenerator
 
 
-def calibrate(model, scheduler, seeds=range(64), steps=20, method=None, profile=None, progress=True, **options):
+def calibrate(model, scheduler, seeds=range(64), steps=20, method=None, data=None, profile=None, reconstruct="input",
+              weights_method=None, progress=True, **options):  # fmt: skip
     """Choose the step size of every quantized layer's input from full-precision activations.
 
-    The full-precision model samples along its own trajectory while each (layer, t) keeps a histogram
-    (:func:`tdq_utils.profiling.profile_activations`). All methods then look at the squared error of quantizing those
-    same activations:
+    The full-precision model runs on samples of its own trajectory (``data``) while each (layer, t) keeps a histogram
+    (:mod:`tdq_utils.profiling`). All methods then look at the squared error of quantizing those same activations.
+    One value a layer:
 
-    * ``"minmax"``: one value that truncates nothing.
-    * ``"mse"``: one value, least squared error over the whole trajectory, by exhaustive search.
-    * ``"learned"``: one value, by descending that error with LSQ's gradient.
-    * ``"table"``: one value for each t visited, least squared error at that t, by exhaustive search.
-    * ``"tdq"``: a generator s(t) for each layer (So et al. 2023), by descending that error with LSQ's gradient.
+    * ``"minmax"``: truncates nothing. ``"momentum"``: the same range, averaged over batches by a moving average.
+    * ``"percentile"``: truncates what lies beyond a percentile of the magnitude (option ``percentile``, default 99.9).
+    * ``"mse"``: least squared error, by exhaustive search. ``"ptq4dm"``: the same, with t weighted as PTQ4DM draws it.
+    * ``"learned"``: by descending the squared error with LSQ's gradient.
+
+    A value that depends on t:
+
+    * ``"table"``: one for each t visited, least squared error at that t, by exhaustive search.
+    * ``"tdq"``: a generator s(t) for each layer (So et al. 2023), by descending the error with LSQ's gradient.
 
     "mse" and "table", and "learned" and "tdq", differ in nothing but the dependence on t. LSQ's gradient treats rounding
     as a constant offset and settles at slightly smaller steps than the search, so compare within these pairs.
@@ -33,39 +43,81 @@ def calibrate(model, scheduler, seeds=range(64), steps=20, method=None, profile=
         model: quantized; its quantizers step aside while the trajectory is measured.
         scheduler, seeds, steps: the trajectory, as for :func:`tdq_utils.sampling.sample`.
         method: default, the method that :func:`tdq_utils.quantize.quantize` was given.
-        profile: a :class:`tdq_utils.profiling.Profile` of this model to use instead of sampling again.
+        data: a :class:`tdq_utils.calibration_set.CalibrationSet` to use instead of sampling one.
+        profile: a :class:`tdq_utils.profiling.Profile` of this model to use instead of running it on the data.
+        reconstruct: for "learned" and "tdq", the error that is descended: of each layer's ``"input"``, or after that
+            of each ``"block"``'s output or of the predicted ``"noise"`` (:func:`tdq_utils.reconstruction.refine`).
+        weights_method: ``"adaround"`` to learn whether each weight is rounded up or down
+            (:func:`tdq_utils.reconstruction.adaround`); default: to the nearest level.
         progress: show bars.
-        options: ``batch_size`` and ``condition`` of ``sample``; for "learned" and "tdq",
-            ``iterations``, ``rate`` and ``seed`` of :func:`fit`; for "tdq", the arguments of
-            :class:`tdq_utils.temporal.StepGenerator`.
+        options: ``batch_size`` and ``condition`` of ``sample``; those of the method, such as ``percentile``;
+            for "learned" and "tdq", ``iterations``, ``rate`` and ``seed`` of :func:`fit`; for "tdq", the arguments
+            of :class:`tdq_utils.temporal.StepGenerator`.
 
     Raises:
-        TDQError: not quantized, unknown method, no seeds, a profile that lacks a layer.
+        TDQError: not quantized, unknown method or target, an option of another method, no seeds, a profile that lacks
+            a layer, data of another model.
     """
     state = checked_state(model)
-    method = method or state.method
+    method = _checked_method(state, method or state.method, reconstruct, weights_method)
+    sampling = {key: options.pop(key) for key in ("batch_size", "condition") if key in options}
+    chooser = None if method in DYNAMIC else CHOOSERS[method]
+    _check_options(method, chooser, options)
+    if data is not None:
+        data.check(model)
+    elif weights_method or reconstruct != "input" or (profile is None and chooser and state.activations):
+        data = CalibrationSet.collect(model, scheduler, seeds, steps, progress=progress, **sampling)
+    if weights_method:
+        reconstruction.adaround(model, data, progress=progress)
+    if chooser is None or state.activations is None:
+        return
+    _choose(model, chooser, profile or profile_set(model, data), progress, options)
+    state.method = method
+    if reconstruct != "input":
+        reconstruction.refine(model, data, reconstruct, progress=progress)
+
+
+def _checked_method(state, method, reconstruct, weights_method):
     if method not in METHODS or (method in DYNAMIC) != (state.method in DYNAMIC):
         allowed = DYNAMIC if state.method in DYNAMIC else CALIBRATED
         raise TDQError(f"method must be one of {', '.join(allowed)} for this model; got {method!r}.")
-    if method in DYNAMIC or state.activations is None:
-        return
-    sampling = {key: options.pop(key) for key in ("batch_size", "condition") if key in options}
-    if options and method not in ("learned", "tdq"):
-        raise TDQError(f"method {method!r} takes no further options; got {', '.join(options)}. They are for learned and tdq.")
-    layers = quantized_layers(model)
-    if profile is None:
-        with full_precision(model):
-            profile = profile_activations(model, scheduler, seeds, steps, layers=set(layers), progress=progress, **sampling)
+    if reconstruct not in ("input", *reconstruction.TARGETS):
+        raise TDQError(f"reconstruct must be 'input', {' or '.join(map(repr, reconstruction.TARGETS))}; got {reconstruct!r}.")
+    if reconstruct != "input" and method not in ("learned", "tdq"):
+        raise TDQError(f"reconstruct={reconstruct!r} needs a step size that learns, 'learned' or 'tdq'; got {method!r}.")
+    if weights_method not in (None, "adaround"):
+        raise TDQError(f"weights_method must be None (nearest level) or 'adaround'; got {weights_method!r}.")
+    return method
+
+
+def _check_options(method, chooser, options):
+    functions = {"tdq": (_tdq, StepGenerator)}.get(method, (chooser,) if chooser else ())
+    accepted = [name for function in functions for name in inspect.signature(function).parameters]
+    accepted = [name for name in accepted if name not in ("problems", "progress", "s_0", "generator")]
+    if unknown := set(options) - set(accepted):
+        raise TDQError(f"{method!r} takes {', '.join(accepted) or 'no options'}; got {min(unknown)!r}.")
+
+
+def profile_set(model, data, batch_size=16):
+    """The :class:`tdq_utils.profiling.Profile` of a quantized model's layers, in full precision, on a calibration set."""
+    with full_precision(model), torch.no_grad(), recording(model, set(quantized_layers(model))) as cells:
+        for x_t, t, condition in data.batches(batch_size):
+            model(x_t, t, **condition)
+    return as_profile(cells)
+
+
+def _choose(model, chooser, profile, progress, options):
+    """Give every quantized layer the step size that ``chooser`` finds."""
+    state, layers = checked_state(model), quantized_layers(model)
     if missing := set(layers) - set(profile.layers):
         raise TDQError(f"profile must hold every quantized layer; {len(missing)} are missing, {min(missing)} among them.")
     problems = {name: _Problem(profile, name, state.activations) for name in layers}
-    chosen = CHOOSERS[method](problems, progress=progress, **options)
+    chosen = chooser(problems, progress=progress, **options)
     state.frozen = False
     for name, layer in layers.items():
         layer.rounded = None
         layer.activation.grid = problems[name].grid
         layer.activation.step = chosen[name].to(layer.weight.device).eval()
-    state.method = method
 
 
 class _Problem:
@@ -75,26 +127,65 @@ class _Problem:
         row = profile.row(layer)
         self.grid = profile.grid(layer, bits)
         self.t = torch.from_numpy(profile.t)
-        self.range = torch.tensor([profile.least[row].min(), profile.greatest[row].max()], dtype=torch.float32)
+        # "step 2": least and greatest value at each t
+        self.ranges = torch.from_numpy(np.stack([profile.least[row], profile.greatest[row]], 1)).float()
         self.best_steps = lambda: profile.best_steps(layer, bits)
         # Hundreds of iterations look at these: as coarse as the step size allows.
         self.values = lambda s_0: profile.values(layer, merge=profile.finest_merge(layer, s_0))
+        self.all_values = lambda: profile.values(layer)
+
+    def widest_step(self, least, greatest):
+        return StaticStep(self.grid.widest_step(least, greatest).clamp_min(1e-8))
 
 
 def _minmax(problems, progress):
-    return {name: StaticStep(p.grid.widest_step(*p.range).clamp_min(1e-8)) for name, p in problems.items()}
+    return {name: p.widest_step(p.ranges[:, 0].min(), p.ranges[:, 1].max()) for name, p in problems.items()}
+
+
+def _momentum(problems, progress, momentum=0.9, seed=0):
+    """Batches are the images at one t, in random order: in the order of sampling the last few t would decide."""
+    chosen = {}
+    for name, p in problems.items():
+        order = torch.randperm(len(p.t), generator=torch.Generator().manual_seed(seed))
+        average = p.ranges[order[0]]
+        for row in order[1:]:
+            average = momentum * average + (1 - momentum) * p.ranges[row]
+        chosen[name] = p.widest_step(*average)
+    return chosen
+
+
+def _percentile(problems, progress, percentile=99.9):
+    if not 0 < percentile <= 100:
+        raise TDQError(f"percentile must be above 0 and at most 100; got {percentile}.")
+    chosen = {}
+    for name, p in problems.items():
+        values, counts = (part.flatten() for part in p.all_values())
+        magnitude, order = values.abs().sort()
+        share = counts.double()[order].cumsum(0) / counts.double().sum()
+        reach = magnitude[(share < percentile / 100).sum().clamp(max=len(share) - 1)]
+        chosen[name] = p.widest_step(-reach if p.grid.low is None else torch.tensor(0.0), reach)
+    return chosen
 
 
 def _mse(problems, progress):
     return {name: StaticStep(p.best_steps()[0]) for name, p in problems.items()}
 
 
+def _ptq4dm(problems, progress):
+    chosen = {}
+    for name, p in problems.items():
+        values, counts = p.all_values()
+        counts = counts * torch.from_numpy(skewed_density(p.t)).float()[:, None]
+        chosen[name] = StaticStep(mse_step(values.reshape(1, -1), p.grid, counts.reshape(1, -1))[0])
+    return chosen
+
+
 def _table(problems, progress):
     return {name: TableStep(p.t, p.best_steps()[1]) for name, p in problems.items()}
 
 
-def _learned(problems, progress, **fitting):
-    return fit(problems, LearnedStep, progress, **fitting)
+def _learned(problems, progress, iterations=200, rate=3e-3, seed=0):
+    return fit(problems, LearnedStep, progress, iterations, rate, seed)
 
 
 def _tdq(problems, progress, iterations=200, rate=3e-3, seed=0, **generator):
@@ -141,4 +232,13 @@ def _fit_layer(problem, make, iterations, rate):
     return source
 
 
-CHOOSERS = {"minmax": _minmax, "mse": _mse, "learned": _learned, "table": _table, "tdq": _tdq}
+CHOOSERS = {
+    "minmax": _minmax,
+    "momentum": _momentum,
+    "percentile": _percentile,
+    "mse": _mse,
+    "ptq4dm": _ptq4dm,
+    "learned": _learned,
+    "table": _table,
+    "tdq": _tdq,
+}

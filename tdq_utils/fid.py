@@ -1,5 +1,8 @@
-"""Distances between sets of images: features of a classifier, Frechet distance, reference statistics."""
+"""Distances between sets of images: features, Frechet distance, KID and IS through torchmetrics, reference statistics."""
 
+import math
+import warnings
+from functools import cache
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -7,9 +10,11 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
+from torchmetrics.image.inception import InceptionScore
+from torchmetrics.image.kid import KernelInceptionDistance
 
-from tdq_utils.datasets import DATA, to_uint8
+from tdq_utils.datasets import DATA, load_images, to_uint8
 from tdq_utils.errors import DataError, TDQError
 
 CLASSIFIER = DATA / "models" / "classifier"
@@ -37,9 +42,13 @@ class FeatureClassifier(nn.Module):
         """Features ``"image 64"``, non-negative."""
         return self.body(images)
 
+    def scores(self, features):
+        """Class scores ``"image 10"`` of features."""
+        return self.head(features)
+
     def logits(self, images):
-        """Class scores ``"image 10"``."""
-        return self.head(self.body(images))
+        """Class scores ``"image 10"`` of images."""
+        return self.scores(self(images))
 
 
 def _block(inputs, outputs):
@@ -55,6 +64,47 @@ def load_classifier(folder=CLASSIFIER):
     except Exception as error:
         raise DataError(f"{path} must hold the classifier; run python -m tdq_utils train-classifier. ({error})") from error
     return classifier.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+class InceptionFeatures(nn.Module):
+    """Inception v3 as the FID is defined with: needs the package torch-fidelity and its weights (extra ``inception``).
+
+    The interface of :class:`FeatureClassifier`: ``forward`` takes images ``"image channel height width"`` in [-1, 1].
+    """
+
+    num_features = 2048
+
+    def __init__(self):
+        super().__init__()
+        try:
+            self.net = NoTrainInceptionV3("inception-v3-compat", ["2048"])
+        except (ModuleNotFoundError, OSError) as error:
+            raise TDQError(
+                f"features='inception' needs torch-fidelity and, once, the network for its weights ({error}); run "
+                "pip install 'tdq-utils[inception]', or use features='classifier'."
+            ) from error
+
+    def forward(self, images):
+        """Features ``"image 2048"``; one channel is shown as grey."""
+        return self.net(to_uint8(images).expand(-1, 3, -1, -1))
+
+    def scores(self, features):
+        """Class scores without the bias, as the inception score is defined with."""
+        return features @ self.net.fc.weight.T
+
+
+FEATURES = {"classifier": load_classifier, "inception": InceptionFeatures}
+
+
+def feature_extractor(features="classifier"):
+    """An extractor by name: ``"classifier"`` (ships; gives the FCD) or ``"inception"`` (gives the FID).
+
+    Raises:
+        TDQError: unknown name, or the extra is not installed.
+    """
+    if features not in FEATURES:
+        raise TDQError(f"features must be one of {', '.join(FEATURES)}; got {features!r}.")
+    return FEATURES[features]()
 
 
 @torch.no_grad()
@@ -107,15 +157,22 @@ class Statistics:
             ) from error
 
 
+def _metric(kind, width, **options):
+    """A torchmetrics metric for features that are there already."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # "will save all extracted features": 64 numbers an image
+        return kind(feature=_Identity(width), **options).set_dtype(torch.float64)
+
+
 def frechet_distance(a, b):
     """Frechet distance of two Gaussians given by :class:`Statistics`, through torchmetrics in float64.
 
     ``|mu_a - mu_b|^2 + tr(sigma_a + sigma_b - 2 (sigma_a sigma_b)^(1/2))`` (Heusel et al. 2017). With features of
-    the shipped classifier this is the FCD, not the FID; compare only at equal n.
+    the shipped classifier this is the FCD, not the FID. It is biased by about c (1/n_a + 1/n_b): compare only at equal n.
     """
     if a.mu.shape != b.mu.shape:
         raise TDQError(f"Both sets must have the same features; got {len(a.mu)} and {len(b.mu)}. Use one classifier.")
-    metric = FrechetInceptionDistance(feature=_Identity(len(a.mu))).set_dtype(torch.float64)
+    metric = _metric(FrechetInceptionDistance, len(a.mu))
     for side, stats in (("real", a), ("fake", b)):
         mu, sigma = torch.from_numpy(stats.mu), torch.from_numpy(stats.sigma)
         setattr(metric, f"{side}_features_sum", stats.n * mu)
@@ -124,6 +181,33 @@ def frechet_distance(a, b):
     # The states are set, not accumulated: say what update() would have noted.
     metric._update_count, metric.orig_dtype = 1, torch.float64
     return float(metric.compute())
+
+
+def kernel_distance(features, reference, seed=0):
+    """Kernel distance (KID, Binkowski et al. 2018: unbiased in n) of two sets of features ``"image feature"``.
+
+    Cubic polynomial kernel; the mean over 100 subsets of a tenth of the smaller set, at most 1,000 images.
+
+    Returns:
+        ``(distance, standard error)``, the spread over subsets scaled to the whole set.
+    """
+    size = max(2, min(1000, min(len(features), len(reference)) // 10))
+    metric = _metric(KernelInceptionDistance, features.shape[1], subset_size=size)
+    metric.update(torch.as_tensor(reference), real=True)
+    metric.update(torch.as_tensor(features), real=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        mean, spread = (float(value) for value in metric.compute())
+    return mean, spread * math.sqrt(size / len(features))
+
+
+def inception_score(scores, seed=0):
+    """Inception score (Salimans et al. 2016) of class scores ``"image class"``: ``(mean, spread)`` over 10 splits."""
+    metric = _metric(InceptionScore, scores.shape[1])
+    metric.update(torch.as_tensor(scores))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return tuple(float(value) for value in metric.compute())
 
 
 class _Identity(nn.Module):
@@ -135,6 +219,52 @@ class _Identity(nn.Module):
 
     def forward(self, features):
         return features
+
+
+@cache
+def reference_features(features="classifier"):
+    """Features of the 10,000 test images, float32 ``"image feature"``: what the KID compares with."""
+    return extract_features(load_images(split="test"), feature_extractor(features)).float()
+
+
+class Distances:
+    """All distances of a stream of images to the test images and, pair by pair, to full precision.
+
+    Images are not kept: 64 numbers an image are (2,048 with Inception's features).
+
+    Args:
+        features: ``"classifier"`` or ``"inception"``, as for :func:`feature_extractor`.
+    """
+
+    def __init__(self, features="classifier"):
+        self.name, self.extractor = features, feature_extractor(features)
+        self.features, self.errors = [], []
+
+    def update(self, images, clean=None):
+        """Take in a batch ``"image channel height width"`` in [-1, 1] and the full-precision images of the same seeds."""
+        self.features.append(extract_features(images, self.extractor).float())
+        if clean is not None:
+            self.errors.append(paired_mse(images, clean))
+
+    @torch.no_grad()
+    def compute(self):
+        """Dict of ``fcd`` (or ``fid``), ``kid``, ``kid_se``, ``inception_score``; with pairs ``mse``, ``mse_se``, ``psnr`` (dB).
+
+        Raises:
+            TDQError: not more images than features.
+        """
+        features = torch.cat(self.features)
+        reference = reference_features(self.name)
+        statistics = Statistics.load() if self.name == "classifier" else Statistics.of(reference)
+        distance = frechet_distance(Statistics.of(features), statistics)
+        kid, kid_se = kernel_distance(features, reference)
+        score, _ = inception_score(self.extractor.scores(features))
+        found = {"fcd" if self.name == "classifier" else "fid": distance, "kid": kid, "kid_se": kid_se, "inception_score": score}
+        if self.errors:
+            error = torch.cat(self.errors)
+            spread = (error.std() / math.sqrt(len(error))).item()
+            found |= dict(mse=error.mean().item(), mse_se=spread, psnr=_decibel(error))
+        return found
 
 
 def fcd(images, reference=None, classifier=None):
@@ -156,4 +286,8 @@ def paired_mse(images, clean):
 
 def psnr(images, clean):
     """Peak signal-to-noise ratio in dB, ``10 log10(2^2 / mean squared difference)``, for pixels in [-1, 1]."""
-    return 10 * torch.log10(4 / paired_mse(images, clean).mean().clamp_min(1e-12)).item()
+    return _decibel(paired_mse(images, clean))
+
+
+def _decibel(error):
+    return 10 * torch.log10(4 / error.mean().clamp_min(1e-12)).item()

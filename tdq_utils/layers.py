@@ -17,6 +17,7 @@ class QuantizedLayer(nn.Module):
         activation: :class:`ActivationQuantizer`, or ``None`` for full-precision inputs.
         weight_grid: :class:`Grid`, or ``None`` for full-precision weights.
         weight_step: step sizes of the weights, one for each output channel or one for all.
+        levels: integer levels of the weights where rounding was learned (AdaRound), int8; else ``None``: the nearest.
         rounded: the rounded weights of a frozen layer, else ``None``.
         clock: the model's :class:`Clock`.
     """
@@ -25,6 +26,8 @@ class QuantizedLayer(nn.Module):
         """The weights on their grid, as floats."""
         if self.rounded is not None or self.weight_grid is None:
             return self.weight if self.rounded is None else self.rounded
+        if self.levels is not None:
+            return self.levels * self.weight_step.reshape(-1, *[1] * (self.weight.dim() - 1))
         return fake_quantize(self.weight, self.weight_step, self.weight_grid)
 
     def forward(self, x):
@@ -97,6 +100,7 @@ def twin(layer, grid, activations, dynamic, weights_per):
         weight = layer.weight.detach().float()
         weight_step = mse_step(weight.flatten(1) if weights_per == "channel" else weight.reshape(1, -1), grid)
     copied.register_buffer("weight_step", weight_step)
+    copied.register_buffer("levels", None)
     copied.register_buffer("rounded", None)
     step = DynamicStep(dynamic) if dynamic else None
     copied.activation = None if activations is None else ActivationQuantizer(activations, step=step).to(layer.weight.device)

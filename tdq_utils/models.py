@@ -1,5 +1,6 @@
 """Load a denoiser and its scheduler by a short name, a folder or a hub id."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from diffusers.utils.logging import disable_progress_bar
 
 from tdq_utils.datasets import DATA
 from tdq_utils.errors import DataError
+from tdq_utils.quantizers import ActivationQuantizer
 
 CATALOGUE = {"fashion-mnist": DATA / "models" / "fashion-mnist"}
 
@@ -55,3 +57,13 @@ def _load_pipeline(source):
             f"Could not load {source!r} from the hub: {error}.{offline} Connect to the network once (the files are then "
             f"cached), pass a folder, or use a shipped model: {', '.join(CATALOGUE)}."
         ) from error
+
+
+def fingerprint(model):
+    """Twelve hex digits that tell models apart: a hash of the weights, the same quantized or not."""
+    added = tuple(name + "." for name, module in model.named_modules() if isinstance(module, ActivationQuantizer))
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if not name.startswith(added):
+            digest.update(name.encode() + parameter.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]

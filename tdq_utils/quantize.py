@@ -17,7 +17,7 @@ from tdq_utils.quantizers import (
 from tdq_utils.sampling import timesteps
 from tdq_utils.temporal import StepGenerator
 
-CALIBRATED = ("minmax", "mse", "learned", "table", "tdq")
+CALIBRATED = ("minmax", "momentum", "percentile", "mse", "ptq4dm", "learned", "table", "tdq")
 DYNAMIC = {"dynamic": "tensor", "dynamic-sample": "sample"}
 METHODS = (*CALIBRATED, *DYNAMIC)
 
@@ -72,8 +72,8 @@ def quantize(model, weights=8, activations=8, method="tdq", keep=None, weights_p
     Args:
         model: a diffusers denoiser called as ``model(sample, timestep, ...)``.
         weights, activations: bits, 2 to 8, or ``None`` for full precision.
-        method: ``"minmax"``, ``"mse"`` or ``"learned"`` (static), ``"table"`` (one value a step), ``"tdq"`` (generator),
-            ``"dynamic"`` (per tensor), ``"dynamic-sample"``.
+        method: ``"minmax"``, ``"momentum"``, ``"percentile"``, ``"mse"``, ``"ptq4dm"`` or ``"learned"`` (static),
+            ``"table"`` (one value a step), ``"tdq"`` (generator), ``"dynamic"`` (per tensor), ``"dynamic-sample"``.
         keep: dotted names or patterns (``"mid_block.*"``) of layers to leave in full precision;
             default: :func:`kept_layers`.
         weights_per: ``"channel"`` (output channel) or ``"tensor"``.

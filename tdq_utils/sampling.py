@@ -38,7 +38,6 @@ def checked_seeds(seeds):
     return seeds
 
 
-@torch.no_grad()
 def sample(model, scheduler, seeds=range(64), steps=50, batch_size=16, callback=None, condition=None, progress=True, pad=True):
     """Generate one image per seed with DDIM (Song et al. 2021, eta = 0).
 
@@ -65,6 +64,13 @@ def sample(model, scheduler, seeds=range(64), steps=50, batch_size=16, callback=
     Raises:
         TDQError: no seeds, a step count out of range, an uncalibrated or wrongly frozen model.
     """
+    how = dict(callback=callback, condition=condition, progress=progress, pad=pad)
+    return torch.cat(list(sample_batches(model, scheduler, seeds, steps, batch_size, **how)))
+
+
+@torch.no_grad()
+def sample_batches(model, scheduler, seeds, steps=50, batch_size=16, callback=None, condition=None, progress=True, pad=True):
+    """:func:`sample`, a batch at a time: yields images, so that any number of them needs the memory of one batch."""
     seeds = checked_seeds(seeds)
     if batch_size < 1:
         raise TDQError(f"batch_size must be at least 1; got {batch_size}.")
@@ -73,15 +79,13 @@ def sample(model, scheduler, seeds=range(64), steps=50, batch_size=16, callback=
         raise TDQError(f"condition must have one row for each of the {len(seeds)} seeds; got {wrong}.")
     starts = range(0, len(seeds), batch_size)
     total = len(timesteps(scheduler, steps)) * len(starts)
-    images = []
     with tqdm(total=total, desc="sample", disable=not progress, leave=False) as bar:
         for start in starts:
             rows = list(range(start, min(start + batch_size, len(seeds))))
             filled = rows + [rows[-1]] * (batch_size - len(rows) if pad else 0)
             x_t = noise([seeds[row] for row in filled], _shape(model))
             given = {key: value[filled] for key, value in condition.items()}
-            images.append(_trajectory(model, scheduler, x_t, steps, given, callback, [seeds[row] for row in rows], bar))
-    return torch.cat(images)
+            yield _trajectory(model, scheduler, x_t, steps, given, callback, [seeds[row] for row in rows], bar)
 
 
 def _trajectory(model, scheduler, x_t, steps, condition, callback, seeds, bar):

@@ -72,6 +72,7 @@ def _build(settings, tensors):
     model.to(memory_format=torch.channels_last if settings["channels_last"] else torch.contiguous_format)
     quantize(model, **{k: settings[k] for k in ("weights", "activations", "method", "keep", "weights_per")})
     for name, layer in quantized_layers(model).items():
+        layer.levels = tensors.get(f"{name}.levels")
         _rebuild(layer, settings["layers"][name], tensors, name)
     model.load_state_dict(tensors)
     if settings["frozen"]:

@@ -66,6 +66,39 @@ def compare(args):
         plots.drift_and_rescue(profile, layer, rows, bits).savefig(args.picture)
 
 
+def calibrate(args):
+    """Quantize a model, calibrate it on its own trajectory, and save it as a folder."""
+    from tdq_utils import load_model, quantize, save_quantized
+    from tdq_utils.calibration import calibrate as choose_steps
+
+    model, scheduler = load_model(args.model)
+    quantize(model, args.weights, args.activations, args.method)
+    choose_steps(model, scheduler, range(args.first_seed, args.first_seed + args.images), args.steps,
+                 reconstruct=args.reconstruct, weights_method=args.weights_method)  # fmt: skip
+    save_quantized(model, args.out)
+    print(f"W{args.weights}A{args.activations}, {args.method}: {args.out}; read it with load_quantized({str(args.out)!r})")
+
+
+def reproduce(args):
+    """Measure a table of the paper; a row that is there already is not measured again."""
+    from accelerate import PartialState
+
+    from tdq_utils.models import load_model
+    from tdq_utils.reproduce import ptq_jobs
+    from tdq_utils.reproduce import reproduce as measure
+
+    state = PartialState()
+    model, scheduler = load_model(args.model, device=state.device if state.device.type == "cuda" else None)
+    out = args.out or Path("runs") / (f"{args.table}-quick.csv" if args.quick else f"{args.table}.csv")
+    images, steps = args.images or (128 if args.quick else 1000), args.steps or (10 if args.quick else 20)
+    how = dict(batch_size=args.batch_size, cache=args.cache, progress=state.is_main_process)
+    table = measure(ptq_jobs(args.quick), model, scheduler, out, images, steps, **how)
+    if state.is_main_process:
+        columns = ["method", "weights_method", "weights", "activations", "repeat", "mse", "fcd", "kid", "seconds"]
+        print(table[columns].to_string(index=False, float_format="%.3g"))
+        print(f"Written to {out}")
+
+
 def bench(args):
     """Cost of profiling and of simulated quantization, as ratios to plain sampling."""
     from tdq_utils.bench import bench, machine
@@ -111,6 +144,27 @@ def parser():
     sub.add_argument("--images", type=int, default=256, help="seeds 0.. of this many images")
     sub.add_argument("--steps", type=int, default=20, help="sampling steps")
     sub.add_argument("--picture", type=Path, help="also draw drift and rescue (needs minmax, mse and tdq among the methods)")
+
+    sub = command(calibrate, "runs/calibrated")
+    sub.add_argument("--model", default="fashion-mnist", help="short name, folder or hub id")
+    sub.add_argument("--method", default="tdq", help="how step sizes are chosen: one of calibrate's methods")
+    sub.add_argument("--weights", type=int, default=8, help="bits")
+    sub.add_argument("--activations", type=int, default=8, help="bits")
+    sub.add_argument("--images", type=int, default=32, help="trajectories that calibration sees")
+    sub.add_argument("--first-seed", type=int, default=10_000, help="of the trajectories")
+    sub.add_argument("--steps", type=int, default=20, help="sampling steps of a trajectory")
+    sub.add_argument("--reconstruct", default="input", help="input, block or noise: the error that learned step sizes descend")
+    sub.add_argument("--weights-method", help="adaround: learn how each weight is rounded (default: to the nearest level)")
+
+    sub = command(reproduce)
+    sub.add_argument("table", choices=["ptq"], help="ptq: post-training quantization")
+    sub.add_argument("--model", default="fashion-mnist", help="short name, folder or hub id")
+    sub.add_argument("--out", type=Path, help="CSV, resumed if there (default: runs/TABLE.csv)")
+    sub.add_argument("--cache", type=Path, help="folder for full-precision images (default: beside the CSV)")
+    sub.add_argument("--quick", action="store_true", help="W8A5 and W4A5 once, 128 images, 10 steps: minutes")
+    sub.add_argument("--images", type=int, help="a row (default: 1000, quick 128)")
+    sub.add_argument("--steps", type=int, help="sampling steps (default: 20, quick 10)")
+    sub.add_argument("--batch-size", type=int, default=16, help="images at a time; hundreds on a GPU")
 
     sub = command(bench)
     sub.add_argument("--model", default="fashion-mnist", help="short name, folder or hub id")

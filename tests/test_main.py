@@ -6,7 +6,7 @@ import pytest
 from tdq_utils.__main__ import main, parser
 
 
-@pytest.mark.parametrize("command", ["demo", "train-unet", "train-classifier", "compare", "bench"])
+@pytest.mark.parametrize("command", ["demo", "train-unet", "train-classifier", "compare", "calibrate", "reproduce", "bench"])
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

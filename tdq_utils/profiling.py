@@ -33,15 +33,20 @@ class Histogram:
             merged = self.counts.reshape(-1, 2).sum(1)
             self.counts = np.pad(merged, BINS // 4)
             self.limit *= 2
-        scaled = x.reshape(-1).float() if x.is_contiguous() else x.permute(0, *range(2, x.dim()), 1).reshape(-1).float()
         # Scaling by a power of two and floor are exact: no value changes its bin when the limit doubles.
-        index = scaled.mul(BINS / 2 / self.limit).floor_().add_(BINS // 2).to(torch.int32)
+        # 16 bits hold a bin's number, and half the bytes of 32 take half the time.
+        index = _flat(x).mul(BINS / 2 / self.limit).floor_().add_(BINS // 2).to(torch.int16)
         self.counts += torch.bincount(index, minlength=BINS).cpu().numpy()
 
     @property
     def centres(self):
         """Centres of the bins, ``"bin"`` float64."""
         return bin_centres(self.limit)
+
+
+def _flat(x):
+    """All values as one axis of float32, in the order of memory: a view, also of a channels-last tensor."""
+    return (x if x.is_contiguous() else x.movedim(1, -1)).reshape(-1).float()
 
 
 def bin_centres(limit):
@@ -61,6 +66,7 @@ class _Cell:
     histogram: Histogram = field(default_factory=Histogram)
 
     def add(self, x):
+        x = _flat(x)  # reductions over 4 axes are several times slower
         least, greatest = (float(v) for v in x.aminmax())
         if not np.isfinite([least, greatest]).all():
             raise TDQError(f"Activations must be finite; got values from {least} to {greatest}. Check the model's weights.")

@@ -91,11 +91,11 @@ def reproduce(args):
     model, scheduler = load_model(args.model, device=state.device if state.device.type == "cuda" else None)
     out = args.out or Path("runs") / (f"{args.table}-quick.csv" if args.quick else f"{args.table}.csv")
     images, steps = args.images or (128 if args.quick else 1000), args.steps or (10 if args.quick else 20)
-    how = dict(batch_size=args.batch_size, cache=args.cache, progress=state.is_main_process)
+    how = dict(batch_size=args.batch_size, features=args.features, cache=args.cache, progress=state.is_main_process)
     table = measure(ptq_jobs(args.quick), model, scheduler, out, images, steps, **how)
     if state.is_main_process:
-        columns = ["method", "weights_method", "weights", "activations", "repeat", "mse", "fcd", "kid", "seconds"]
-        print(table[columns].to_string(index=False, float_format="%.3g"))
+        columns = ["method", "weights_method", "weights", "activations", "repeat", "mse", "fcd", "fid", "kid", "seconds"]
+        print(table[[name for name in columns if name in table]].to_string(index=False, float_format="%.3g"))
         print(f"Written to {out}")
 
 
@@ -164,6 +164,7 @@ def parser():
     sub.add_argument("--quick", action="store_true", help="W8A5 and W4A5 once, 128 images, 10 steps: minutes")
     sub.add_argument("--images", type=int, help="a row (default: 1000, quick 128)")
     sub.add_argument("--steps", type=int, help="sampling steps (default: 20, quick 10)")
+    sub.add_argument("--features", default="classifier", help="classifier (FCD) or inception (FID; needs the extra of that name)")
     sub.add_argument("--batch-size", type=int, default=16, help="images at a time; hundreds on a GPU")
 
     sub = command(bench)

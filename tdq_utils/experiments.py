@@ -15,7 +15,10 @@ from tdq_utils.sampling import checked_seeds, sample
 NAMES = {
     "full precision": "full precision",
     "minmax": "static, min-max",
+    "momentum": "static, momentum",
+    "percentile": "static, percentile",
     "mse": "static, MSE",
+    "ptq4dm": "static, PTQ4DM",
     "learned": "static, learned",
     "table": "per-step table",
     "tdq": "TDQ",
@@ -109,3 +112,35 @@ def headline(table):
             "FCD": [f"{v:.2g}" for v in table.fcd],
         }
     )
+
+
+STATIC = ("minmax", "momentum", "percentile", "mse", "ptq4dm", "learned")
+
+
+def verdict(table, measure="fcd"):
+    """Does TDQ beat every static interval, and how near is it to a free value per step? Judged repeat by repeat.
+
+    Args:
+        table: rows of :func:`tdq_utils.reproduce.reproduce`. measure: ``"fcd"``, ``"kid"`` or ``"mse"``; lower is better.
+
+    Returns:
+        DataFrame, one row a pair of bits: ``repeats``; ``static``, the best static method by its mean; means ``static_mean``,
+        ``tdq``, ``table``; ``margin``, the mean over repeats of static minus TDQ at the same seeds; ``margin_least``, the least
+        of them; ``wins``, whether TDQ is better in every repeat; ``over_table``, TDQ over the per-step table, less 1.
+    """
+    rows = table[(table.weights > 0) & (table.weights_method == "nearest")]
+    judged = []
+    for (weights, activations), group in rows.groupby(["weights", "activations"], sort=False):
+        by = group.pivot(index="repeat", columns="method", values=measure).dropna(axis="columns")
+        static = by[[method for method in STATIC if method in by]]
+        if "tdq" not in by or static.empty:
+            continue
+        best = static.mean().idxmin()
+        margin = static.min(axis="columns") - by.tdq  # against whichever is best in that repeat
+        judged.append(
+            dict(weights=weights, activations=activations, repeats=len(by), static=best, static_mean=static[best].mean(),
+                 tdq=by.tdq.mean(), table=by.table.mean() if "table" in by else float("nan"),
+                 margin=margin.mean(), margin_least=margin.min(), wins=bool(margin.min() > 0))
+        )  # fmt: skip
+    frame = pd.DataFrame(judged)
+    return frame.assign(over_table=frame.tdq / frame.table - 1) if len(frame) else frame

@@ -238,6 +238,7 @@ class Distances:
 
     def __init__(self, features="classifier"):
         self.name, self.extractor = features, feature_extractor(features)
+        self.frechet = "fcd" if features == "classifier" else "fid"
         self.features, self.errors = [], []
 
     def update(self, images, clean=None):
@@ -259,7 +260,7 @@ class Distances:
         distance = frechet_distance(Statistics.of(features), statistics)
         kid, kid_se = kernel_distance(features, reference)
         score, _ = inception_score(self.extractor.scores(features))
-        found = {"fcd" if self.name == "classifier" else "fid": distance, "kid": kid, "kid_se": kid_se, "inception_score": score}
+        found = {self.frechet: distance, "kid": kid, "kid_se": kid_se, "inception_score": score}
         if self.errors:
             error = torch.cat(self.errors)
             spread = (error.std() / math.sqrt(len(error))).item()

@@ -1,11 +1,10 @@
-"""Every figure of the notebooks and the README. Colour-blind-safe; axes labelled; a one-line takeaway as title."""
+"""Figures of activations and quantizers; colour-blind-safe, axes labelled. Those of tables are in ``result_plots``."""
 
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 import torch
 
-from tdq_utils.experiments import NAMES
 from tdq_utils.profiling import bin_centres
 from tdq_utils.quantizers import fake_quantize, mse_step, squared_error
 
@@ -13,7 +12,10 @@ PALETTE = sns.color_palette("colorblind")
 COLOURS = {
     "full precision": "0.35",
     "minmax": PALETTE[1],
+    "momentum": PALETTE[8],
+    "percentile": PALETTE[7],
     "mse": PALETTE[3],
+    "ptq4dm": PALETTE[9],
     "learned": PALETTE[6],
     "table": PALETTE[2],
     "tdq": PALETTE[0],
@@ -29,7 +31,8 @@ def set_style():
     plt.rcParams.update({"figure.dpi": 80, "savefig.dpi": 80, "axes.titlelocation": "left", "axes.titlesize": "medium"})
 
 
-def _axes(ax, width=7.0, height=3.2):
+def axes_of(ax, width=7.0, height=3.2):
+    """``ax``, or new axes of this size in inches."""
     return ax if ax is not None else plt.subplots(figsize=(width, height), layout="constrained")[1]
 
 
@@ -75,7 +78,7 @@ def drift_heatmap(profile, layers=None, ax=None):
     rows = [profile.row(name) for name in layers] if layers is not None else range(len(profile.layers))
     reach = profile.percentile(99.9)[list(rows)]
     drift = np.log2(reach / reach.mean(1, keepdims=True))
-    ax = _axes(ax, 8, 1.4 + 0.16 * len(drift))
+    ax = axes_of(ax, 8, 1.4 + 0.16 * len(drift))
     names = [profile.layers[row] for row in rows]
     sns.heatmap(
         drift, ax=ax, cmap="vlag", center=0, vmin=-0.6, vmax=0.6, xticklabels=_thinned(profile.t), yticklabels=names,
@@ -99,7 +102,7 @@ def _thinned(t, most=10):
 def range_ribbon(profile, layer, static_bits=None, ax=None):
     """One layer over t: full range, middle 99 %, and the MSE-optimal static interval at ``static_bits`` bits."""
     i = profile.row(layer)
-    ax = _axes(ax)
+    ax = axes_of(ax)
     ax.fill_between(profile.t, profile.least[i], profile.greatest[i], color=PALETTE[0], alpha=0.15, label="min to max")
     low, high = (_quantile(profile, i, q) for q in (0.005, 0.995))
     ax.fill_between(profile.t, low, high, color=PALETTE[0], alpha=0.45, label="middle 99 %")
@@ -131,7 +134,7 @@ def range_boxes(profile, layer, ax=None):
     quantiles = np.stack([_quantile(profile, i, q) for q in (0.001, 0.25, 0.5, 0.75, 0.999)])
     keys = ("whislo", "q1", "med", "q3", "whishi")
     boxes = [dict(zip(keys, column, strict=True), label=t) for column, t in zip(quantiles.T, _thinned(profile.t), strict=True)]
-    ax = _axes(ax)
+    ax = axes_of(ax)
     ax.bxp(
         boxes, showfliers=False, patch_artist=True, boxprops=dict(facecolor=PALETTE[0], alpha=0.5), medianprops=dict(color="k")
     )
@@ -142,7 +145,7 @@ def range_boxes(profile, layer, ax=None):
 
 def drift_scatter(drift, ax=None):
     """Per layer: how far its range moves against what an interval per step could gain."""
-    ax = _axes(ax, 6, 3.4)
+    ax = axes_of(ax, 6, 3.4)
     sns.scatterplot(drift, x="ratio", y="gain_db", hue="correlation", palette="vlag", hue_norm=(-1, 1), edgecolor="0.3", ax=ax)
     ax.set(xlabel="largest / smallest 99.9 % range over t", ylabel="possible gain (dB)")
     ax.set_title("The further a layer's range moves, the more an interval per step can gain")
@@ -164,7 +167,7 @@ def histogram_with_grid(profile, layer, t, bits=5, s=None, relative_s=1.0, ax=No
     centres = bin_centres(profile.limit[i, step]).reshape(-1, wide).mean(1)
     share = profile.counts[i, step].reshape(-1, wide).sum(1) / profile.counts[i, step].sum()
     outside = (centres < levels[0] - half) | (centres > levels[-1] + half)
-    ax = _axes(ax)
+    ax = axes_of(ax)
     for mask, colour, label in ((~outside, PALETTE[0], "rounded"), (outside, COLOURS["mse"], "truncated")):
         width = centres[1] - centres[0]
         ax.bar(centres[mask], share[mask], width=width, color=colour, label=f"{label}: {share[mask].sum():.1%}", lw=0)
@@ -203,7 +206,7 @@ def error_over_t(profile, layer, s, grid, label="static", ax=None):
     """Stacked truncation and rounding error of one layer against t."""
     values, counts = profile.values(layer)
     truncation, rounding = split_error(values, counts, torch.as_tensor(s).expand(len(values)), grid)
-    ax = _axes(ax)
+    ax = axes_of(ax)
     _stack(ax, profile.t, rounding, truncation)
     _time_axis(ax)
     ax.set(ylabel="mean squared error", title=f"{layer}, {label}")
@@ -219,7 +222,7 @@ def error_over_s(profile, layer, t, bits=4, ax=None):
     best = mse_step(values, grid, counts)[0]
     ratios = torch.logspace(-0.7, 0.7, 60)
     truncation, rounding = split_error(values.expand(60, -1), counts.expand(60, -1), best * ratios, grid)
-    ax = _axes(ax)
+    ax = axes_of(ax)
     _stack(ax, ratios, rounding, truncation)
     ax.axvline(1, color="k", ls=":", label="best s")
     ax.set(xscale="log", xlabel="step size / best step size", ylabel="mean squared error")
@@ -234,7 +237,7 @@ def _stack(ax, x, rounding, truncation):
 
 def staircase(curves, ax=None):
     """Quantizers as functions: ``{label: (x, x_hat)}``."""
-    ax = _axes(ax, 5, 3.4)
+    ax = axes_of(ax, 5, 3.4)
     for label, (x, x_hat) in curves.items():
         ax.plot(x, x_hat, label=label)
     ax.axline((0, 0), slope=1, color="0.6", ls=":", label="identity")
@@ -249,7 +252,7 @@ def staircase(curves, ax=None):
 
 def learning_curve(path, target, ylabel, title, ax=None):
     """A value per iteration, and where it should go."""
-    ax = _axes(ax)
+    ax = axes_of(ax)
     ax.plot(path)
     ax.axhline(target, color="0.4", ls="--")
     ax.set(xlabel="iteration", ylabel=ylabel, title=title)
@@ -258,7 +261,7 @@ def learning_curve(path, target, ylabel, title, ax=None):
 
 def feature_image(features, ax=None):
     """Features ``"t feature"`` of every time step as an image."""
-    ax = _axes(ax)
+    ax = axes_of(ax)
     sns.heatmap(features.T.numpy(), ax=ax, cmap="vlag", center=0, xticklabels=100, yticklabels=16, cbar_kws={"label": "value"})
     ax.set(
         xlabel="time step t",
@@ -274,25 +277,11 @@ def lines_over_t(curves, ylabel, title, ax=None, marker=None, log=False):
     Args:
         curves: ``{label: (t, values)}``; labels that are methods get the method's colour.
     """
-    ax = _axes(ax)
+    ax = axes_of(ax)
     styles = {"mse": "--", "minmax": "--", "learned": "--", "table": ":"}
     for label, (t, values) in curves.items():
         ax.plot(t, values, label=label, color=COLOURS.get(label), ls=styles.get(label, "-"), marker=marker)
     _time_axis(ax)
     ax.set(ylabel=ylabel, title=title, yscale="log" if log else "linear")
-    ax.legend(fontsize=8)
-    return ax.figure
-
-
-def distance_bars(table, ax=None):
-    """FCD of each setting, with full precision as a line: shorter is better."""
-    ax = _axes(ax, 6.5, 3)
-    rows = table[table.weights.notna()]
-    bits = [f"W{w:.0f}A{a:.0f}" for w, a in zip(rows.weights, rows.activations, strict=True)]
-    palette = {NAMES[method]: colour for method, colour in COLOURS.items()}
-    sns.barplot(rows, x=bits, y="fcd", hue=rows.method.map(NAMES), palette=palette, ax=ax)
-    full = table.loc[table.method == "full precision", "fcd"].item()
-    ax.axhline(full, color=COLOURS["full precision"], ls="--", label="full precision")
-    ax.set(xlabel="", ylabel="FCD to the test set (lower is better)")
     ax.legend(fontsize=8)
     return ax.figure

@@ -17,7 +17,7 @@ from tdq_utils.calibration import calibrate, profile_set
 from tdq_utils.calibration_set import CalibrationSet
 from tdq_utils.datasets import load_images
 from tdq_utils.errors import DataError, TDQError
-from tdq_utils.fid import Distances, FeatureClassifier
+from tdq_utils.fid import Distances, feature_extractor
 from tdq_utils.models import fingerprint
 from tdq_utils.quantize import METHODS, freeze, quantize, restore
 from tdq_utils.sampling import sample_batches
@@ -130,7 +130,8 @@ def _write(path, rows):
     part.replace(path)
 
 
-def reproduce(jobs, model, scheduler, out, images=1000, steps=20, batch_size=16, cache=None, progress=True):
+def reproduce(jobs, model, scheduler, out, images=1000, steps=20, batch_size=16, features="classifier", cache=None,
+              progress=True):  # fmt: skip
     """Measure the jobs that ``out`` does not hold yet.
 
     Under ``accelerate launch`` the jobs are dealt out to the processes; two give the rows of one.
@@ -138,6 +139,7 @@ def reproduce(jobs, model, scheduler, out, images=1000, steps=20, batch_size=16,
     Args:
         jobs: list of :class:`Job`. model, scheduler: in full precision. out: CSV.
         images: a row; at equal seeds in all rows of a repeat. steps, batch_size: as for ``sample``.
+        features: ``"classifier"`` (FCD) or ``"inception"`` (FID), as for :class:`tdq_utils.fid.Distances`.
         cache: folder for the full-precision images that rows are paired with; default: beside ``out``.
         progress: show bars.
 
@@ -149,13 +151,13 @@ def reproduce(jobs, model, scheduler, out, images=1000, steps=20, batch_size=16,
     """
     state = PartialState(timeout=timedelta(days=1))  # the first to finish waits for the last
     table = Table(out, state.process_index, state.num_processes)
-    protocol = dict(images=images, steps=steps, sampler="DDIM", model=fingerprint(model), features="classifier")
-    _check_images(images)
+    protocol = dict(images=images, steps=steps, sampler="DDIM", model=fingerprint(model), features=features)
+    _check_images(images, features)
     _check_protocol(table.everything(), protocol, out)
     done = {_key(row) for row in table.everything()}
     # Dealt out before looking at what is done: processes that start seconds apart still agree.
     mine = [job for job in jobs[state.process_index :: state.num_processes] if job.key not in done]
-    bench = _Bench(model, scheduler, images, steps, batch_size, Path(cache or Path(out).parent / "cache"))
+    bench = _Bench(model, scheduler, images, steps, batch_size, features, Path(cache or Path(out).parent / "cache"))
     bar = tqdm(mine, desc=f"reproduce {Path(out).name}", disable=not progress)
     for job in bar:
         bar.set_postfix_str(f"{job.method} W{job.weights}A{job.activations} #{job.repeat}")
@@ -166,9 +168,9 @@ def reproduce(jobs, model, scheduler, out, images=1000, steps=20, batch_size=16,
     return merged
 
 
-def _check_images(images):
-    if images <= FeatureClassifier.num_features:
-        raise TDQError(f"images must exceed the classifier's {FeatureClassifier.num_features} features; got {images}.")
+def _check_images(images, features):
+    if images <= (width := feature_extractor(features).num_features):
+        raise TDQError(f"images must exceed the {width} features of the {features}; got {images}.")
 
 
 def _check_protocol(rows, protocol, out):
@@ -196,13 +198,13 @@ def _stream(distances, batches, clean):
 class _Bench:
     """Measures one job after the other; keeps what jobs of one repeat share."""
 
-    def __init__(self, model, scheduler, images, steps, batch_size, cache):
+    def __init__(self, model, scheduler, images, steps, batch_size, features, cache):
         self.model, self.scheduler, self.images, self.steps, self.batch_size = model, scheduler, images, steps, batch_size
-        self.cache, self.repeat = cache, None
+        self.features, self.cache, self.repeat = features, cache, None
 
     def measure(self, job):
         """The measured columns of a job's row."""
-        distances, start, calibration = Distances(), time.perf_counter(), 0.0
+        distances, start, calibration = Distances(self.features), time.perf_counter(), 0.0
         clean = None if job.method == "real images" else self._clean(job.repeat)
         if clean is None:
             self._real(job, distances)
@@ -219,7 +221,10 @@ class _Bench:
                 restore(self.model)
         found = distances.compute()
         return {
-            **{name: found.get(name, np.nan) for name in ("fcd", "kid", "kid_se", "inception_score", "mse", "mse_se", "psnr")},
+            **{
+                name: found.get(name, np.nan)
+                for name in (distances.frechet, "kid", "kid_se", "inception_score", "mse", "mse_se", "psnr")
+            },
             "calibration_seconds": round(calibration, 1),
             "seconds": round(time.perf_counter() - start, 1),
             "threads": torch.get_num_threads(),

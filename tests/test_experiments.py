@@ -4,7 +4,7 @@ import torch
 
 from tdq_utils import experiments
 from tdq_utils.errors import TDQError
-from tdq_utils.experiments import compare, headline
+from tdq_utils.experiments import compare, headline, verdict
 
 
 @pytest.fixture
@@ -46,3 +46,22 @@ def test_headline_rounds_to_two_digits():
     shown = headline(pd.DataFrame([row, real]))
     assert shown.iloc[0].tolist() == ["TDQ", "W8A5", 256, "20", "0.012", "4.6"]
     assert shown.iloc[1].tolist() == ["real images", "-", 256, "-", "-", "2"]
+
+
+def test_verdict_is_against_the_best_static_interval_of_each_repeat():
+    values = {"mse": (3.0, 5.0), "learned": (4.0, 3.5), "tdq": (2.5, 3.6), "table": (2.0, 3.0), "dynamic": (0.1, 0.1)}
+    rows = [
+        dict(method=method, weights_method="nearest", weights=8, activations=5, repeat=repeat, fcd=value)
+        for method, pair in values.items()
+        for repeat, value in enumerate(pair)
+    ]
+    (row,) = verdict(pd.DataFrame(rows)).to_dict("records")
+    assert (row["repeats"], row["static"], row["static_mean"]) == (2, "learned", 3.75)
+    assert row["margin"] == pytest.approx((0.5 - 0.1) / 2)
+    assert row["margin_least"] == pytest.approx(-0.1) and not row["wins"]
+    assert row["over_table"] == pytest.approx(3.05 / 2.5 - 1)
+
+
+def test_verdict_without_tdq_is_empty():
+    row = dict(method="mse", weights_method="nearest", weights=8, activations=5, repeat=0, fcd=1.0)
+    assert verdict(pd.DataFrame([row])).empty

@@ -5,9 +5,21 @@ import pytest
 import scipy.linalg
 import torch
 
-from tdq_utils import load_images
+from tdq_utils import fid, load_images
 from tdq_utils.errors import DataError, TDQError
-from tdq_utils.fid import Statistics, extract_features, fcd, frechet_distance, load_classifier, paired_mse, psnr
+from tdq_utils.fid import (
+    Distances,
+    Statistics,
+    extract_features,
+    fcd,
+    feature_extractor,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    load_classifier,
+    paired_mse,
+    psnr,
+)
 
 
 def correlated(n, seed, width=8):
@@ -104,3 +116,93 @@ def test_paired_distances():
     assert psnr(clean + 0.2, clean) == pytest.approx(20, abs=1e-3)
     with pytest.raises(TDQError, match=r"must pair up, seed by seed; got shapes \(1, 1, 4, 4\) and \(2, 1, 4, 4\)"):
         paired_mse(images[:1], clean)
+
+
+def cubic_kernel_distance(x, y):
+    """Unbiased squared MMD with the kernel (x . y / d + 1)^3, from the definition."""
+    k = lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3  # noqa: E731
+    n, m = len(x), len(y)
+    within = lambda v, n: (k(v, v).sum() - k(v, v).diagonal().sum()) / (n * (n - 1))  # noqa: E731
+    return float(within(x, n) + within(y, m) - 2 * k(x, y).mean())
+
+
+def test_kernel_distance_against_its_definition():
+    x, y = torch.from_numpy(correlated(400, seed=1)), torch.from_numpy(correlated(400, seed=2))
+    distance, error = kernel_distance(x, y)
+    assert distance == pytest.approx(cubic_kernel_distance(x, y), abs=4 * error)
+    assert error < 0.2 * distance
+    same, error = kernel_distance(x[::2], x[1::2])
+    assert abs(same) < 4 * error  # unbiased: around zero, not above it
+
+
+def test_kernel_distance_leaves_the_global_random_numbers_alone():
+    state = torch.get_rng_state()
+    assert kernel_distance(torch.rand(30, 4), torch.rand(40, 4)) is not None
+    torch.set_rng_state(state)
+    expected = torch.rand(1)
+    torch.set_rng_state(state)
+    x, y = torch.ones(30, 4), torch.zeros(40, 4)
+    kernel_distance(x, y)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_inception_score_in_closed_form():
+    classes = torch.eye(10).repeat(100, 1) * 100
+    assert inception_score(classes)[0] == pytest.approx(10, rel=0.06)  # sure, and all classes alike often
+    assert inception_score(classes[:1].repeat(100, 1))[0] == pytest.approx(1)  # always the same class
+
+
+def test_a_stream_gives_what_all_images_at_once_give():
+    images = load_images(split="train-10k")[:150]
+    clean = images.flip(0)
+    stream = Distances()
+    for part, other in zip(images.split(40), clean.split(40), strict=True):
+        stream.update(part, other)
+    found = stream.compute()
+    assert found["fcd"] == pytest.approx(fcd(images), rel=1e-4)
+    assert found["mse"] == pytest.approx(paired_mse(images, clean).mean().item(), rel=1e-6)
+    assert found["psnr"] == pytest.approx(psnr(images, clean), rel=1e-6)
+    assert found["kid_se"] > 0 and 5 < found["inception_score"] < 10
+    noisy = Distances()
+    noisy.update(images + 0.5 * torch.randn_like(images))
+    worse = noisy.compute()
+    assert worse["fcd"] > found["fcd"] and worse["kid"] > found["kid"] + 4 * found["kid_se"] and "mse" not in worse
+
+
+def test_streamed_images_are_as_many_as_features_need():
+    few = Distances()
+    few.update(torch.zeros(20, 1, 28, 28))
+    with pytest.raises(TDQError, match="more images than its 64 features; got 20"):
+        few.compute()
+
+
+class StandIn(torch.nn.Module):
+    """The interface of torchmetrics' Inception: uint8 images of three channels in, features out, a last layer ``fc``."""
+
+    def __init__(self, name, features_list):
+        super().__init__()
+        assert (name, features_list) == ("inception-v3-compat", ["2048"])
+        self.fc = torch.nn.Linear(2048, 1008)
+
+    def forward(self, images):
+        assert images.dtype == torch.uint8 and images.shape[1] == 3
+        return images.float().flatten(1)[:, :2048]
+
+
+def test_inception_features(monkeypatch):
+    monkeypatch.setattr(fid, "NoTrainInceptionV3", StandIn)
+    extractor = feature_extractor("inception")
+    features = extract_features(torch.rand(3, 1, 28, 28) * 2 - 1, extractor)
+    assert features.shape == (3, extractor.num_features)
+    assert extractor.scores(features.float()).shape == (3, 1008)
+
+
+def test_inception_without_its_package_says_what_to_install(monkeypatch):
+    def missing(*args):
+        raise ModuleNotFoundError("no torch-fidelity")
+
+    monkeypatch.setattr(fid, "NoTrainInceptionV3", missing)
+    with pytest.raises(TDQError, match=r"pip install 'tdq-utils\[inception\]', or use features='classifier'"):
+        feature_extractor("inception")
+    with pytest.raises(TDQError, match="features must be one of classifier, inception; got 'vgg'"):
+        feature_extractor("vgg")

@@ -3,7 +3,6 @@
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
@@ -47,12 +46,6 @@ def test_axes_are_labelled(name, profile):
     assert ax.get_xlabel()
     assert ax.get_ylabel()
     assert ax.get_title(loc="left")
-
-
-def test_distance_bars_name_the_full_precision_line():
-    rows = [dict(method="full precision", fcd=1.0), dict(method="tdq", weights=8, activations=5, fcd=2.0)]
-    ax = plots.distance_bars(pd.DataFrame(rows)).axes[0]
-    assert "full precision" in [text.get_text() for text in ax.get_legend().get_texts()]
 
 
 def test_image_rows_shows_the_same_columns_in_every_row():

@@ -17,7 +17,9 @@ def small(monkeypatch):
     """Pixels stand in for the classifier's features, which need 28x28 images."""
 
     class Pixels:
-        def __init__(self):
+        frechet = "fcd"
+
+        def __init__(self, features):
             self.images, self.errors = [], []
 
         def update(self, images, clean=None):
@@ -33,7 +35,7 @@ def small(monkeypatch):
 
     monkeypatch.setattr(module, "Distances", Pixels)
     monkeypatch.setattr(module, "CALIBRATION", 4)
-    monkeypatch.setattr(module, "_check_images", lambda images: None)
+    monkeypatch.setattr(module, "_check_images", lambda images, features: None)
 
 
 def measure(unet, scheduler, out, jobs=JOBS, images=5, **options):
@@ -121,7 +123,7 @@ def test_a_cut_line_is_named_and_nothing_is_lost(unet, scheduler, tmp_path):
 
 
 def test_too_few_images(unet, scheduler, tmp_path):
-    with pytest.raises(TDQError, match="images must exceed the classifier's 64 features; got 64"):
+    with pytest.raises(TDQError, match="images must exceed the 64 features of the classifier; got 64"):
         reproduce(JOBS, unet, scheduler, tmp_path / "t.csv", images=64)
     assert not list(tmp_path.iterdir())
 

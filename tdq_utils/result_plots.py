@@ -1,0 +1,70 @@
+"""Figures of measured tables: which method keeps how much quality, at which bits, with its spread."""
+
+import matplotlib.pyplot as plt
+import seaborn as sns
+
+from tdq_utils import plots
+from tdq_utils.experiments import NAMES
+
+LABELS = {
+    "fcd": "FCD to the test set (lower is better)",
+    "mse": "distance to full precision (lower is better)",
+    "kid": "KID (lower is better)",
+}
+MARKERS = dict(zip(plots.COLOURS, "os^vD<>pPX*h", strict=False))
+
+
+def distance_bars(table, ax=None):
+    """FCD of each setting, with full precision as a line: shorter is better."""
+    ax = plots.axes_of(ax, 6.5, 3)
+    rows = table[table.weights.notna()]
+    bits = [f"W{w:.0f}A{a:.0f}" for w, a in zip(rows.weights, rows.activations, strict=True)]
+    palette = {NAMES[method]: colour for method, colour in plots.COLOURS.items()}
+    sns.barplot(rows, x=bits, y="fcd", hue=rows.method.map(NAMES), palette=palette, ax=ax)
+    full = table.loc[table.method == "full precision", "fcd"].item()
+    ax.axhline(full, color=plots.COLOURS["full precision"], ls="--", label="full precision")
+    ax.set(xlabel="", ylabel="FCD to the test set (lower is better)")
+    ax.legend(fontsize=8)
+    return ax.figure
+
+
+def quality_against_bits(table, measure="fcd", methods=None, title=None):
+    """Quality against bits of the activations, a line a method, a panel for each width of the weights.
+
+    Points are means over repeats, bars reach from the least to the greatest; the dashed line is full precision and
+    the dotted one real images, where the measure has them.
+
+    Args:
+        table: rows of :func:`tdq_utils.reproduce.reproduce`. measure: ``"fcd"``, ``"kid"`` or ``"mse"``.
+        methods: which lines; default: all.
+    """
+    rows = table[(table.weights > 0) & (table.weights_method == "nearest")]
+    methods = [method for method in plots.COLOURS if method in set(rows.method if methods is None else methods)]
+    widths = sorted(rows.weights.unique(), reverse=True)
+    fig, axes = plt.subplots(
+        1, len(widths), figsize=(5 * len(widths) + 1.5, 3.8), layout="constrained", sharey=True, squeeze=False
+    )
+    for ax, width in zip(axes[0], widths, strict=True):
+        _panel(ax, rows[rows.weights == width], measure, methods)
+        for name, style in (("full precision", "--"), ("real images", ":")):
+            level = table.loc[table.method == name, measure].mean()
+            if level > 0:
+                ax.axhline(level, color="0.35", ls=style, label=name)
+        ax.set(xlabel="bits of the activations", title=f"{width}-bit weights", yscale="log")
+    axes[0, 0].set_ylabel(LABELS[measure])
+    axes[0, -1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    if title:
+        fig.suptitle(title, x=0.01, ha="left", fontsize="medium")
+    return fig
+
+
+def _panel(ax, rows, measure, methods):
+    for i, method in enumerate(methods):
+        by = rows[rows.method == method].groupby("activations")[measure].agg(["mean", "min", "max"])
+        if by.empty:
+            continue
+        shifted = by.index + 0.03 * (i - len(methods) / 2)  # so that bars do not hide each other
+        spread = [by["mean"] - by["min"], by["max"] - by["mean"]]
+        ax.errorbar(shifted, by["mean"], spread, color=plots.COLOURS[method], marker=MARKERS[method], ms=5, lw=1.4,
+                    label=NAMES[method])  # fmt: skip
+    ax.set_xticks(sorted(rows.activations.unique()))

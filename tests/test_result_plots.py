@@ -1,0 +1,52 @@
+"""Figures of tables show the numbers that the tables hold."""
+
+import matplotlib
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+
+from tdq_utils import result_plots
+
+matplotlib.use("Agg")
+
+
+@pytest.fixture(autouse=True)
+def close():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def table():
+    """Two methods at two widths of weights, two repeats, and the two references."""
+    rows = [
+        dict(method=method, weights_method="nearest", weights=w, activations=a, repeat=r, fcd=10 - a + r + (method == "mse"))
+        for method in ("mse", "tdq") for w, a in ((8, 5), (8, 6), (4, 5)) for r in (0, 1)
+    ]  # fmt: skip
+    rows += [
+        dict(method=name, weights_method="nearest", weights=0, activations=0, repeat=0, fcd=1)
+        for name in ("full precision", "real images")
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_distance_bars_name_the_full_precision_line():
+    rows = [dict(method="full precision", fcd=1.0), dict(method="tdq", weights=8, activations=5, fcd=2.0)]
+    ax = result_plots.distance_bars(pd.DataFrame(rows)).axes[0]
+    assert "full precision" in [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def test_a_line_a_method_a_panel_a_width(table):
+    fig = result_plots.quality_against_bits(table)
+    assert [ax.get_title(loc="left") or ax.get_title() for ax in fig.axes] == ["8-bit weights", "4-bit weights"]
+    ax = fig.axes[0]
+    names = [text.get_text() for text in fig.axes[-1].get_legend().get_texts()]
+    assert set(names) == {"static, MSE", "TDQ", "full precision", "real images"}
+    means = {container.get_label(): container.lines[0].get_ydata().tolist() for container in ax.containers}
+    assert means == {"static, MSE": [6.5, 5.5], "TDQ": [5.5, 4.5]}
+    assert ax.get_xlabel() and ax.get_ylabel()
+
+
+def test_only_the_wanted_methods(table):
+    fig = result_plots.quality_against_bits(table, methods=["tdq"], title="title")
+    assert [container.get_label() for container in fig.axes[0].containers] == ["TDQ"]

@@ -92,7 +92,7 @@ def reproduce(args):
     out = args.out or Path("runs") / (f"{args.table}-quick.csv" if args.quick else f"{args.table}.csv")
     images, steps = args.images or (128 if args.quick else 1000), args.steps or (10 if args.quick else 20)
     how = dict(batch_size=args.batch_size, features=args.features, cache=args.cache, progress=state.is_main_process)
-    table = measure(ptq_jobs(args.quick), model, scheduler, out, images, steps, **how)
+    table = measure(ptq_jobs(args.quick, steps), model, scheduler, out, images, **how)
     if state.is_main_process:
         columns = ["method", "weights_method", "weights", "activations", "repeat", "mse", "fcd", "fid", "kid", "seconds"]
         print(table[[name for name in columns if name in table]].to_string(index=False, float_format="%.3g"))

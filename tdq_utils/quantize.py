@@ -168,7 +168,7 @@ def full_precision(model):
         _install(model, twins)
 
 
-def freeze(model, scheduler, steps=None):
+def freeze(model, scheduler, steps=None, nearest=False):
     """Pre-compute all that inference needs: step sizes over t become a table, weights are rounded once.
 
     The frozen model gives exactly the outputs of the unfrozen one and has no generator left.
@@ -176,6 +176,7 @@ def freeze(model, scheduler, steps=None):
     Args:
         model: quantized and calibrated. scheduler: decides which t are visited.
         steps: sampling steps; default: every t that the scheduler was trained with.
+        nearest: let a per-step table answer for steps it was not calibrated for by its nearest t, instead of refusing.
 
     Raises:
         TDQError: not quantized, not calibrated, or calibrated per step at other steps.
@@ -183,7 +184,7 @@ def freeze(model, scheduler, steps=None):
     checked_state(model)
     visited = list(range(scheduler.config.num_train_timesteps)) if steps is None else timesteps(scheduler, steps)
     layers = quantized_layers(model)
-    frozen = {name: _frozen_step(layer.activation, visited) for name, layer in layers.items()}
+    frozen = {name: _frozen_step(layer.activation, visited, nearest) for name, layer in layers.items()}
     for name, layer in layers.items():
         if layer.activation is not None:
             layer.activation.step = frozen[name]
@@ -198,7 +199,7 @@ def round_weights(model):
     checked_state(model).frozen = True
 
 
-def _frozen_step(activation, visited):
+def _frozen_step(activation, visited, nearest):
     if activation is None:
         return None
     step = activation.step
@@ -208,9 +209,11 @@ def _frozen_step(activation, visited):
         return step.freeze(visited)
     if isinstance(step, LearnedStep):
         return StaticStep(step.s.detach())
+    if isinstance(step, TableStep) and nearest:
+        return TableStep(visited, [step.s[(step.t - t).abs().argmin()] for t in visited])
     if isinstance(step, TableStep) and (missing := set(visited) - set(step.t.tolist())):
         raise TDQError(
             f"A table can be frozen only for the steps it was calibrated for; {len(missing)} of {len(visited)} time steps "
-            f"are missing, t = {min(missing)} among them. Calibrate with these steps, or use method='tdq'."
+            f"are missing, t = {min(missing)} among them. Calibrate with these steps, pass nearest=True, or use method='tdq'."
         )
     return step

@@ -2,7 +2,7 @@
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -27,27 +27,43 @@ HEADLINE = ((8, 6), (8, 5), (4, 5))  # these get a third repeat
 QUICK_BITS = ((8, 5), (4, 5))
 CALIBRATION = 32  # trajectories
 SEEDS = 1_000_000  # repeat r samples the seeds from r * SEEDS and calibrates on others of the same million
-PROTOCOL = ("images", "steps", "sampler", "model", "features")  # must agree in all rows of one table
-KEY = ("method", "weights_method", "weights", "activations", "repeat")
+PROTOCOL = ("images", "sampler", "model", "features")  # must agree in all rows of one table
 
 
 @dataclass(frozen=True)
 class Job:
-    """One row to measure: ``method`` is one of ``METHODS``, "full precision" or "real images"; bits 0: full precision."""
+    """One row to measure; its fields are the columns that tell rows apart.
+
+    Attributes:
+        method: one of ``METHODS``, "full precision" or "real images". weights, activations: bits, 0 for full precision.
+        repeat: number of the noise and calibration seeds. weights_method: "nearest" or "adaround".
+        steps: sampling steps.
+    """
 
     method: str
     weights: int = 0
     activations: int = 0
     repeat: int = 0
     weights_method: str = "nearest"
+    steps: int = 20
 
     @property
-    def key(self):
-        """What tells rows of one table apart."""
-        return tuple(getattr(self, name) for name in KEY)
+    def calibration(self):
+        """``(trajectories, steps)`` that calibration sees."""
+        return CALIBRATION, self.steps
+
+    @property
+    def options(self):
+        """Further arguments of ``calibrate``."""
+        return dict(seed=self.repeat) if self.method in ("learned", "tdq") else {}
+
+    @property
+    def transfers(self):
+        """Whether a table meets steps that it was not calibrated for."""
+        return False
 
 
-def ptq_jobs(quick=False, repeats=2, methods=METHODS):
+def ptq_jobs(quick=False, steps=20, repeats=2):
     """The jobs of the table of post-training quantization, most wanted first.
 
     Full precision and real images once a repeat; then every method at every pair of bits, ``repeats`` times and
@@ -57,13 +73,12 @@ def ptq_jobs(quick=False, repeats=2, methods=METHODS):
     jobs = []
     for repeat in range(repeats + (not quick)):
         wanted = bits if repeat < repeats else HEADLINE
+        wanted = sorted(wanted, key=lambda pair: pair not in HEADLINE)
         jobs += [Job("full precision", repeat=repeat), Job("real images", repeat=repeat)]
-        jobs += [
-            Job(method, w, a, repeat) for w, a in sorted(wanted, key=lambda pair: pair not in HEADLINE) for method in methods
-        ]
+        jobs += [Job(method, w, a, repeat) for w, a in wanted for method in METHODS]
         if not quick:  # learned rounding of weights matters where they have few bits
             jobs += [Job(method, w, a, repeat, "adaround") for w, a in wanted if w < 8 for method in ("mse", "tdq")]
-    return jobs
+    return [replace(job, steps=steps) for job in jobs]
 
 
 class Table:
@@ -72,41 +87,36 @@ class Table:
     Several processes each write a file of their own, ``name.rank.csv``, and all read them all.
 
     Args:
-        path: of the CSV. rank: of this process.
+        path: of the CSV. key: names of the columns that tell rows apart. rank: of this process. world: how many there are.
     """
 
-    def __init__(self, path, rank=0, world=1):
-        self.path = Path(path)
+    def __init__(self, path, key, rank=0, world=1):
+        self.path, self.key = Path(path), key
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.own = self.path if world == 1 else self.path.with_suffix(f".{rank}.csv")
-        self.rows = read_rows(self.own) if self.own.exists() else []
+        self.rows = read_rows(self.own, key) if self.own.exists() else []
 
     def everything(self):
-        """The rows of all processes, earlier runs' too."""
+        """The rows of all processes, earlier runs' too: ``{key: row}``."""
         files = [self.path, *sorted(self.path.parent.glob(f"{self.path.stem}.[0-9]*.csv"))]
-        rows = [row for file in files if file.exists() for row in read_rows(file)]
-        return list({_key(row): row for row in rows}.values())
+        rows = [row for file in files if file.exists() for row in read_rows(file, self.key)]
+        return {tuple(row[name] for name in self.key): row for row in rows}
 
     def add(self, row):
         """Write one row more."""
         self.rows.append(row)
         _write(self.own, self.rows)
 
-    def merge(self, jobs):
-        """Gather the rows of all processes in the one file, in the order of ``jobs``; remove the others."""
-        rank = {job.key: i for i, job in enumerate(jobs)}
-        rows = sorted(self.everything(), key=lambda row: rank.get(_key(row), len(rank)))
-        _write(self.path, rows)
+    def merge(self, keys):
+        """Gather the rows of all processes in the one file, in the order of ``keys``; remove the others."""
+        rank = {key: i for i, key in enumerate(keys)}
+        rows = self.everything()
+        _write(self.path, [rows[key] for key in sorted(rows, key=lambda key: rank.get(key, len(rank)))])
         for file in self.path.parent.glob(f"{self.path.stem}.[0-9]*.csv"):
             file.unlink()
-        return pd.DataFrame(rows)
 
 
-def _key(row):
-    return tuple(row[name] for name in KEY)
-
-
-def read_rows(path):
+def read_rows(path, key=()):
     """The rows of a results file as dicts. DataError: a line that was cut or does not fit the header."""
     try:
         text = Path(path).read_text()
@@ -115,7 +125,7 @@ def read_rows(path):
             if line.count(",") != header.count(",") or (number == len(lines) + 1 and not text.endswith("\n")):
                 raise ValueError(f"line {number} was cut: {line[:60]!r}; delete that line, and it is measured again")
         frame = pd.read_csv(path, dtype={"model": str})
-        if missing := set(KEY + PROTOCOL) - set(frame):
+        if missing := {*key, *PROTOCOL} - set(frame):
             raise ValueError(f"columns {sorted(missing)} are missing")
         return frame.to_dict("records")
     except (OSError, ValueError) as error:
@@ -130,15 +140,14 @@ def _write(path, rows):
     part.replace(path)
 
 
-def reproduce(jobs, model, scheduler, out, images=1000, steps=20, batch_size=16, features="classifier", cache=None,
-              progress=True):  # fmt: skip
+def reproduce(jobs, model, scheduler, out, images=1000, batch_size=16, features="classifier", cache=None, progress=True):
     """Measure the jobs that ``out`` does not hold yet.
 
     Under ``accelerate launch`` the jobs are dealt out to the processes; two give the rows of one.
 
     Args:
-        jobs: list of :class:`Job`. model, scheduler: in full precision. out: CSV.
-        images: a row; at equal seeds in all rows of a repeat. steps, batch_size: as for ``sample``.
+        jobs: list of :class:`Job`, all of one class. model, scheduler: in full precision. out: CSV.
+        images: a row; at equal seeds in all rows of a repeat. batch_size: as for ``sample``.
         features: ``"classifier"`` (FCD) or ``"inception"`` (FID), as for :class:`tdq_utils.fid.Distances`.
         cache: folder for the full-precision images that rows are paired with; default: beside ``out``.
         progress: show bars.
@@ -150,22 +159,23 @@ def reproduce(jobs, model, scheduler, out, images=1000, steps=20, batch_size=16,
         TDQError: rows in ``out`` with another protocol, no more images than features. DataError: a damaged ``out``.
     """
     state = PartialState(timeout=timedelta(days=1))  # the first to finish waits for the last
-    table = Table(out, state.process_index, state.num_processes)
-    protocol = dict(images=images, steps=steps, sampler="DDIM", model=fingerprint(model), features=features)
     _check_images(images, features)
-    _check_protocol(table.everything(), protocol, out)
-    done = {_key(row) for row in table.everything()}
+    table = Table(out, tuple(field.name for field in fields(jobs[0])), state.process_index, state.num_processes)
+    protocol = dict(images=images, sampler="DDIM", model=fingerprint(model), features=features)
+    done = table.everything()
+    _check_protocol(done.values(), protocol, {job.steps for job in jobs}, out)
     # Dealt out before looking at what is done: processes that start seconds apart still agree.
-    mine = [job for job in jobs[state.process_index :: state.num_processes] if job.key not in done]
-    bench = _Bench(model, scheduler, images, steps, batch_size, features, Path(cache or Path(out).parent / "cache"))
+    mine = [job for job in jobs[state.process_index :: state.num_processes] if tuple(asdict(job).values()) not in done]
+    bench = _Bench(model, scheduler, images, batch_size, features, Path(cache or Path(out).parent / "cache"))
     bar = tqdm(mine, desc=f"reproduce {Path(out).name}", disable=not progress)
     for job in bar:
         bar.set_postfix_str(f"{job.method} W{job.weights}A{job.activations} #{job.repeat}")
-        table.add({**dict(zip(KEY, job.key, strict=True)), **protocol, **bench.measure(job)})
+        table.add({**asdict(job), **protocol, **bench.measure(job)})
     state.wait_for_everyone()
-    merged = table.merge(jobs) if state.is_main_process else pd.DataFrame(table.everything())
+    if state.is_main_process:
+        table.merge([tuple(asdict(job).values()) for job in jobs])
     state.wait_for_everyone()
-    return merged
+    return pd.DataFrame(table.everything().values())
 
 
 def _check_images(images, features):
@@ -173,14 +183,15 @@ def _check_images(images, features):
         raise TDQError(f"images must exceed the {width} features of the {features}; got {images}.")
 
 
-def _check_protocol(rows, protocol, out):
+def _check_protocol(rows, protocol, steps, out):
     for row in rows:
-        if differing := [name for name in PROTOCOL if str(row[name]) != str(protocol[name])]:
-            name = differing[0]
-            raise TDQError(
-                f"All rows of a table must share images, steps and model; {out} holds {name} = {row[name]}, this run has "
-                f"{protocol[name]}. Write to another --out."
-            )
+        wanted = {**protocol, "steps": row["steps"] if row["steps"] in steps else min(steps)}
+        for name, value in wanted.items():
+            if str(row[name]) != str(value):
+                raise TDQError(
+                    f"All rows of a table must share images, steps, model and features; {out} holds {name} = {row[name]}, "
+                    f"this run has {value}. Write to another --out."
+                )
 
 
 def _parts(images, size=500):
@@ -196,16 +207,16 @@ def _stream(distances, batches, clean):
 
 
 class _Bench:
-    """Measures one job after the other; keeps what jobs of one repeat share."""
+    """Measures one job after the other; keeps what several share."""
 
-    def __init__(self, model, scheduler, images, steps, batch_size, features, cache):
-        self.model, self.scheduler, self.images, self.steps, self.batch_size = model, scheduler, images, steps, batch_size
-        self.features, self.cache, self.repeat = features, cache, None
+    def __init__(self, model, scheduler, images, batch_size, features, cache):
+        self.model, self.scheduler, self.images, self.batch_size = model, scheduler, images, batch_size
+        self.features, self.cache, self.calibrated_on = features, cache, None
 
     def measure(self, job):
         """The measured columns of a job's row."""
         distances, start, calibration = Distances(self.features), time.perf_counter(), 0.0
-        clean = None if job.method == "real images" else self._clean(job.repeat)
+        clean = None if job.method == "real images" else self._clean(job)
         if clean is None:
             self._real(job, distances)
         elif job.method == "full precision":
@@ -215,16 +226,14 @@ class _Bench:
             try:
                 self._calibrate(job)
                 calibration = time.perf_counter() - start
-                freeze(self.model, self.scheduler, self.steps)
-                _stream(distances, self._batches(job.repeat), clean)
+                freeze(self.model, self.scheduler, job.steps, nearest=job.transfers)
+                _stream(distances, self._batches(job), clean)
             finally:
                 restore(self.model)
         found = distances.compute()
         return {
-            **{
-                name: found.get(name, np.nan)
-                for name in (distances.frechet, "kid", "kid_se", "inception_score", "mse", "mse_se", "psnr")
-            },
+            **{name: found.get(name, np.nan) for name in (distances.frechet, "kid", "kid_se", "inception_score")},
+            **{name: found.get(name, np.nan) for name in ("mse", "mse_se", "psnr")},
             "calibration_seconds": round(calibration, 1),
             "seconds": round(time.perf_counter() - start, 1),
             "threads": torch.get_num_threads(),
@@ -234,29 +243,30 @@ class _Bench:
         }
 
     def _calibrate(self, job):
-        """With the data and the profile of the repeat: all methods see the same activations."""
-        if self.repeat != job.repeat:
-            first = job.repeat * SEEDS + SEEDS - CALIBRATION
+        """All methods of a repeat see the same data and the same profile."""
+        trajectories, steps = job.calibration
+        if self.calibrated_on != (job.repeat, trajectories, steps):
+            first = job.repeat * SEEDS + SEEDS // 2
             how = dict(batch_size=self.batch_size, progress=False)
-            self.data = CalibrationSet.collect(self.model, self.scheduler, range(first, first + CALIBRATION), self.steps, **how)
-            self.profile, self.repeat = profile_set(self.model, self.data, self.batch_size), job.repeat
+            self.data = CalibrationSet.collect(self.model, self.scheduler, range(first, first + trajectories), steps, **how)
+            self.profile = profile_set(self.model, self.data, self.batch_size)
+            self.calibrated_on = job.repeat, trajectories, steps
         weights_method = "adaround" if job.weights_method == "adaround" else None
-        options = dict(seed=job.repeat) if job.method in ("learned", "tdq") else {}
         calibrate(self.model, self.scheduler, data=self.data, profile=self.profile, weights_method=weights_method,
-                  progress=False, **options)  # fmt: skip
+                  progress=False, **job.options)  # fmt: skip
 
-    def _batches(self, repeat):
-        seeds = range(repeat * SEEDS, repeat * SEEDS + self.images)
-        yield from sample_batches(self.model, self.scheduler, seeds, self.steps, self.batch_size, progress=False)
+    def _batches(self, job):
+        seeds = range(job.repeat * SEEDS, job.repeat * SEEDS + self.images)
+        yield from sample_batches(self.model, self.scheduler, seeds, job.steps, self.batch_size, progress=False)
 
-    def _clean(self, repeat):
+    def _clean(self, job):
         """The full-precision images of a repeat, from the cache or made now; memory-mapped."""
         self.cache.mkdir(parents=True, exist_ok=True)
-        name = f"{fingerprint(self.model)}-{self.images}-{self.steps}-{self.batch_size}-{repeat}"
+        name = f"{fingerprint(self.model)}-{self.images}-{job.steps}-{self.batch_size}-{job.repeat}"
         path = self.cache / f"{name}.npy"
         if not path.exists():
             part, rows = self.cache / f"{name}.{os.getpid()}.part", 0
-            for batch in self._batches(repeat):
+            for batch in self._batches(job):
                 if not rows:
                     shape = (self.images, *batch.shape[1:])
                     images = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=shape)

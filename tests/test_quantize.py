@@ -338,3 +338,13 @@ def test_profiling_a_quantized_model_sees_its_inputs(calibrated, scheduler, prof
     first = own.layers.index("conv_in"), 0
     assert own.least[first] == profile.least[first]
     assert abs(own.std / profile.std - 1).max() < 0.1
+
+
+def test_a_table_answers_for_other_steps_by_its_nearest_t_on_request(calibrated, scheduler):
+    model = calibrated("table")  # t = 999, 749, 499, 249
+    before = {name: layer.activation.step.s.flip(0) for name, layer in quantized_layers(model).items()}
+    with pytest.raises(TDQError, match="pass nearest=True"):
+        freeze(model, scheduler, steps=5)
+    freeze(model, scheduler, steps=5, nearest=True)  # t = 999, 799, 599, 399, 199
+    for name, layer in quantized_layers(model).items():
+        assert torch.equal(layer.activation.step.s.flip(0), before[name][[0, 1, 2, 2, 3]])

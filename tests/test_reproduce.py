@@ -1,5 +1,7 @@
 """The tables: rows survive kills, are not measured twice, refuse to be mixed; streams equal what they stream."""
 
+from dataclasses import asdict, replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,9 +9,16 @@ import torch
 
 from tdq_utils import reproduce as module
 from tdq_utils.errors import DataError, TDQError
-from tdq_utils.reproduce import BITS, KEY, Job, Table, ptq_jobs, read_rows, reproduce
+from tdq_utils.reproduce import BITS, Job, Table, ptq_jobs, read_rows, reproduce
 
-JOBS = [Job("full precision"), Job("real images"), Job("mse", 8, 4), Job("dynamic", 8, 4), Job("mse", 4, 4, 1)]
+KEY = ("method", "weights", "activations", "repeat", "weights_method", "steps")
+JOBS = [
+    Job("full precision", steps=2),
+    Job("real images", steps=2),
+    Job("mse", 8, 4, steps=2),
+    Job("dynamic", 8, 4, steps=2),
+    Job("mse", 4, 4, 1, steps=2),
+]
 
 
 @pytest.fixture
@@ -39,14 +48,14 @@ def small(monkeypatch):
 
 
 def measure(unet, scheduler, out, jobs=JOBS, images=5, **options):
-    return reproduce(jobs, unet, scheduler, out, images, steps=2, batch_size=2, progress=False, **options)
+    return reproduce(jobs, unet, scheduler, out, images, batch_size=2, progress=False, **options)
 
 
 @pytest.mark.usefixtures("small")
 def test_rows_carry_their_protocol_and_the_model_comes_back(unet, scheduler, tmp_path):
     before = {key: value.clone() for key, value in unet.state_dict().items()}
     table = measure(unet, scheduler, tmp_path / "t.csv")
-    assert [tuple(row) for row in table[list(KEY)].to_numpy()] == [job.key for job in JOBS]
+    assert [tuple(row) for row in table[list(KEY)].to_numpy()] == [tuple(asdict(job).values()) for job in JOBS]
     assert set(table.images) == {5} and set(table.steps) == {2} and table.model.nunique() == 1
     assert table.mse[0] == 0 and np.isnan(table.mse[1]) and (table.mse[2:] > 0).all()
     assert all(torch.equal(value, before[key]) for key, value in unet.state_dict().items())
@@ -101,8 +110,10 @@ def test_two_processes_give_the_rows_of_one(unet, scheduler, tmp_path, monkeypat
 def test_other_protocols_are_refused_before_any_work(unet, scheduler, tmp_path):
     measure(unet, scheduler, tmp_path / "t.csv", JOBS[:1])
     text = (tmp_path / "t.csv").read_text()
-    with pytest.raises(TDQError, match=r"must share images, steps and model; .* holds images = 5, this run has 6"):
+    with pytest.raises(TDQError, match=r"must share images, steps, model and features; .* holds images = 5, this run has 6"):
         measure(unet, scheduler, tmp_path / "t.csv", images=6)
+    with pytest.raises(TDQError, match="holds steps = 2, this run has 3"):
+        measure(unet, scheduler, tmp_path / "t.csv", [replace(job, steps=3) for job in JOBS])
     unet.conv_in.bias.add_(1e-3)
     with pytest.raises(TDQError, match="holds model = "):
         measure(unet, scheduler, tmp_path / "t.csv")
@@ -130,7 +141,7 @@ def test_too_few_images(unet, scheduler, tmp_path):
 
 def test_the_table_has_every_setting():
     jobs = ptq_jobs()
-    assert len({job.key for job in jobs}) == len(jobs)
+    assert len(set(jobs)) == len(jobs)
     for weights, activations in BITS:
         found = {(job.method, job.repeat) for job in jobs if (job.weights, job.activations) == (weights, activations)}
         repeats = 3 if (weights, activations) in module.HEADLINE else 2
@@ -140,4 +151,4 @@ def test_the_table_has_every_setting():
 
 
 def test_a_table_without_rows_is_no_file(tmp_path):
-    assert Table(tmp_path / "t.csv").everything() == [] and not list(tmp_path.iterdir())
+    assert Table(tmp_path / "t.csv", KEY).everything() == {} and not list(tmp_path.iterdir())

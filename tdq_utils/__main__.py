@@ -83,6 +83,7 @@ def reproduce(args):
     """Measure a table of the paper; a row that is there already is not measured again."""
     from accelerate import PartialState
 
+    from tdq_utils.ablations import ablation_jobs
     from tdq_utils.models import load_model
     from tdq_utils.reproduce import ptq_jobs
     from tdq_utils.reproduce import reproduce as measure
@@ -92,9 +93,24 @@ def reproduce(args):
     out = args.out or Path("runs") / (f"{args.table}-quick.csv" if args.quick else f"{args.table}.csv")
     images, steps = args.images or (128 if args.quick else 1000), args.steps or (10 if args.quick else 20)
     how = dict(batch_size=args.batch_size, features=args.features, cache=args.cache, progress=state.is_main_process)
-    table = measure(ptq_jobs(args.quick, steps), model, scheduler, out, images, **how)
+    jobs = ptq_jobs(args.quick, steps) if args.table == "ptq" else ablation_jobs()
+    table = measure(jobs, model, scheduler, out, images, **how)
     if state.is_main_process:
-        columns = ["method", "weights_method", "weights", "activations", "repeat", "mse", "fcd", "fid", "kid", "seconds"]
+        columns = [
+            "question",
+            "variant",
+            "steps",
+            "method",
+            "weights_method",
+            "weights",
+            "activations",
+            "repeat",
+            "mse",
+            "fcd",
+            "fid",
+            "kid",
+            "seconds",
+        ]
         print(table[[name for name in columns if name in table]].to_string(index=False, float_format="%.3g"))
         print(f"Written to {out}")
 
@@ -157,7 +173,7 @@ def parser():
     sub.add_argument("--weights-method", help="adaround: learn how each weight is rounded (default: to the nearest level)")
 
     sub = command(reproduce)
-    sub.add_argument("table", choices=["ptq"], help="ptq: post-training quantization")
+    sub.add_argument("table", choices=["ptq", "ablations"], help="ptq: post-training quantization; ablations: of TDQ")
     sub.add_argument("--model", default="fashion-mnist", help="short name, folder or hub id")
     sub.add_argument("--out", type=Path, help="CSV, resumed if there (default: runs/TABLE.csv)")
     sub.add_argument("--cache", type=Path, help="folder for full-precision images (default: beside the CSV)")

@@ -51,7 +51,7 @@ def calibrate(model, scheduler, seeds=range(64), steps=20, method=None, data=Non
             (:func:`tdq_utils.reconstruction.adaround`); default: to the nearest level.
         progress: show bars.
         options: ``batch_size`` and ``condition`` of ``sample``; those of the method, such as ``percentile``;
-            for "learned" and "tdq", ``iterations``, ``rate`` and ``seed`` of :func:`fit`; for "tdq", the arguments
+            for "learned" and "tdq", ``iterations``, ``rate``, ``seed`` and ``start`` of :func:`fit`; for "tdq", the arguments
             of :class:`tdq_utils.temporal.StepGenerator`.
 
     Raises:
@@ -184,27 +184,44 @@ def _table(problems, progress):
     return {name: TableStep(p.t, p.best_steps()[1]) for name, p in problems.items()}
 
 
-def _learned(problems, progress, iterations=200, rate=3e-3, seed=0):
-    return fit(problems, LearnedStep, progress, iterations, rate, seed)
+def _learned(problems, progress, iterations=200, rate=3e-3, seed=0, start="mse"):
+    return fit(problems, LearnedStep, progress, iterations, rate, seed, start)
 
 
-def _tdq(problems, progress, iterations=200, rate=3e-3, seed=0, **generator):
+def _tdq(problems, progress, iterations=200, rate=3e-3, seed=0, start="mse", **generator):
     def make(s_0):
         return StepGenerator(s_0, **generator)
 
-    return fit(problems, make, progress, iterations, rate, seed)
+    return fit(problems, make, progress, iterations, rate, seed, start)
 
 
-def fit(problems, make, progress=True, iterations=200, rate=3e-3, seed=0):
+def _start(problem, rule):
+    """Step size that a fit starts from."""
+    if rule == "mse":
+        return problem.best_steps()[0]
+    values, counts = problem.all_values()
+    mean = lambda x: (x * counts).sum() / counts.sum()  # noqa: E731
+    if rule == "std":  # So et al. 2023, authors' code
+        levels = (problem.grid.q_max - problem.grid.q_min + 1) / 2 - 1 if problem.grid.low is None else problem.grid.q_max
+        reach = mean(values) + 3 * (values.square() * counts).sum().div(counts.sum()).sub(mean(values) ** 2).sqrt()
+        return (reach - (problem.grid.low or 0.0)) / levels
+    if rule == "lsq":  # Esser et al. 2020, section 2.1
+        return 2 * mean(values.abs()) / problem.grid.q_max**0.5
+    raise TDQError(f"start must be 'mse', 'std' or 'lsq'; got {rule!r}.")
+
+
+def fit(problems, make, progress=True, iterations=200, rate=3e-3, seed=0, start="mse"):
     """Fit one source of step sizes a layer by gradient descent on the squared quantization error.
 
-    Each starts at the layer's static MSE-optimal step size. The loss of a layer is its error over all t, relative to
+    The loss of a layer is its error over all t, relative to
     the static error, so that layers of any scale learn at one rate. Histograms stand for the activations, so every
     iteration sees all of them.
 
     Args:
         problems: ``{layer: activations}``. make: function of ``s_0`` that returns a source with ``at(t)``.
         iterations: of Adam with a cosine rate from ``rate``. seed: of weights and dropout.
+        start: first step size of a layer: ``"mse"``, the MSE-optimal constant; ``"std"``, ``(mean + 3 std)`` over the
+            number of positive levels (authors' code); or ``"lsq"``, ``2 mean|x| / sqrt(q_max)`` (Esser et al. 2020).
 
     Returns:
         ``{layer: source}``.
@@ -212,13 +229,13 @@ def fit(problems, make, progress=True, iterations=200, rate=3e-3, seed=0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         names = tqdm(problems, desc="fit step sizes", disable=not progress, leave=False)
-        return {name: _fit_layer(problems[name], make, iterations, rate) for name in names}
+        return {name: _fit_layer(problems[name], make, iterations, rate, start) for name in names}
 
 
-def _fit_layer(problem, make, iterations, rate):
+def _fit_layer(problem, make, iterations, rate, start):
     s_0, _ = problem.best_steps()
     values, counts = problem.values(s_0)
-    source = make(float(s_0))
+    source = make(float(_start(problem, start)))
     scale = squared_error(values, counts, s_0.expand(len(values)), problem.grid).sum().clamp_min(1e-20)
     optimizer = torch.optim.Adam(source.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)

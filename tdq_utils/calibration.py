@@ -11,7 +11,15 @@ from tdq_utils import reconstruction
 from tdq_utils.calibration_set import CalibrationSet, skewed_density
 from tdq_utils.errors import TDQError
 from tdq_utils.profiling import as_profile, recording
-from tdq_utils.quantize import CALIBRATED, DYNAMIC, METHODS, checked_state, full_precision, quantized_layers
+from tdq_utils.quantize import (
+    CALIBRATED,
+    DYNAMIC,
+    METHODS,
+    activation_quantizers,
+    checked_state,
+    full_precision,
+    quantized_layers,
+)
 from tdq_utils.quantizers import LearnedStep, StaticStep, TableStep, mse_step, squared_error
 from tdq_utils.temporal import StepGenerator
 
@@ -100,7 +108,8 @@ def _check_options(method, chooser, options):
 
 def profile_set(model, data, batch_size=16):
     """The :class:`tdq_utils.profiling.Profile` of a quantized model's layers, in full precision, on a calibration set."""
-    with full_precision(model), torch.no_grad(), recording(model, set(quantized_layers(model))) as cells:
+    splits = {name: layer.split for name, layer in quantized_layers(model).items() if layer.split}
+    with full_precision(model), torch.no_grad(), recording(model, set(quantized_layers(model)), splits) as cells:
         for x_t, t, condition in data.batches(batch_size):
             model(x_t, t, **condition)
     return as_profile(cells)
@@ -108,16 +117,17 @@ def profile_set(model, data, batch_size=16):
 
 def _choose(model, chooser, profile, progress, options):
     """Give every quantized layer the step size that ``chooser`` finds."""
-    state, layers = checked_state(model), quantized_layers(model)
-    if missing := set(layers) - set(profile.layers):
+    state, quantizers = checked_state(model), activation_quantizers(model)
+    if missing := set(quantizers) - set(profile.layers):
         raise TDQError(f"profile must hold every quantized layer; {len(missing)} are missing, {min(missing)} among them.")
-    problems = {name: _Problem(profile, name, state.activations) for name in layers}
+    problems = {name: _Problem(profile, name, state.activations) for name in quantizers}
     chosen = chooser(problems, progress=progress, **options)
     state.frozen = False
-    for name, layer in layers.items():
+    device = next(model.parameters()).device
+    for layer in quantized_layers(model).values():
         layer.rounded = None
-        layer.activation.grid = problems[name].grid
-        layer.activation.step = chosen[name].to(layer.weight.device).eval()
+    for name, quantizer in quantizers.items():
+        quantizer.grid, quantizer.step = problems[name].grid, chosen[name].to(device).eval()
 
 
 class _Problem:

@@ -3,6 +3,7 @@
 import copy
 import inspect
 
+import torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,7 +17,9 @@ class QuantizedLayer(nn.Module):
     Attributes:
         activation: :class:`ActivationQuantizer`, or ``None`` for full-precision inputs.
         weight_grid: :class:`Grid`, or ``None`` for full-precision weights.
-        weight_step: step sizes of the weights, one for each output channel or one for all.
+        weight_step: step sizes of the weights, one for each output channel or one for all; of a layer with a split
+            input, two rows of them.
+        split: channels of the input that belong to its first half, or ``None``.
         levels: integer levels of the weights where rounding was learned (AdaRound), int8; else ``None``: the nearest.
         rounded: the rounded weights of a frozen layer, else ``None``.
         clock: the model's :class:`Clock`.
@@ -27,8 +30,19 @@ class QuantizedLayer(nn.Module):
         if self.rounded is not None or self.weight_grid is None:
             return self.weight if self.rounded is None else self.rounded
         if self.levels is not None:
-            return self.levels * self.weight_step.reshape(-1, *[1] * (self.weight.dim() - 1))
-        return fake_quantize(self.weight, self.weight_step, self.weight_grid)
+            return self.levels * self.spread_weight_step()
+        if self.split is None:
+            return fake_quantize(self.weight, self.weight_step, self.weight_grid)
+        halves = zip(_halves(self.weight, self.split), self.weight_step, strict=True)
+        return torch.cat([fake_quantize(half, s, self.weight_grid) for half, s in halves], dim=1)
+
+    def spread_weight_step(self):
+        """The step size of every weight, in a shape that broadcasts to the weights."""
+        rows = self.weight_step.reshape(2 if self.split else 1, -1, *[1] * (self.weight.dim() - 1))
+        if self.split is None:
+            return rows[0]
+        widths = self.split, self.weight.shape[1] - self.split
+        return torch.cat([s.expand(-1, width, *s.shape[2:]) for s, width in zip(rows, widths, strict=True)], dim=1)
 
     def forward(self, x):
         """The layer on quantized input and weights."""
@@ -63,6 +77,26 @@ TWINS = {
 }
 
 
+class SplitQuantizer(nn.Module):
+    """Two activation quantizers for the halves of a concatenated input, which often differ in range (Q-Diffusion).
+
+    Args:
+        at: channels of the first half. halves: two :class:`ActivationQuantizer`.
+    """
+
+    def __init__(self, at, halves):
+        super().__init__()
+        self.at, self.halves = at, nn.ModuleList(halves)
+
+    def forward(self, x, t):
+        """Fake-quantize each half with its own quantizer at :class:`TimeSteps` ``t``."""
+        return torch.cat([q(half, t) for q, half in zip(self.halves, _halves(x, self.at), strict=True)], dim=1)
+
+
+def _halves(x, at):
+    return x[:, :at], x[:, at:]
+
+
 class Clock:
     """Holds the time steps of the call that one model is in; its hooks see the arguments of that call."""
 
@@ -81,13 +115,13 @@ class Clock:
         self.now = None
 
 
-def twin(layer, grid, activations, dynamic, weights_per):
+def twin(layer, grid, activations, dynamic, weights_per, split=None):
     """A quantized layer that shares ``layer``'s parameters.
 
     Args:
         layer: conv or linear. grid: of the weights, or ``None``. activations: bits, or ``None``.
         dynamic: ``"tensor"`` or ``"sample"`` for input-dependent step sizes, ``None`` for calibrated ones.
-        weights_per: ``"channel"`` or ``"tensor"``.
+        weights_per: ``"channel"`` or ``"tensor"``. split: channels of the first half of a concatenated input.
     """
     copied = copy.copy(layer)
     for key, value in layer.__dict__.items():
@@ -98,10 +132,15 @@ def twin(layer, grid, activations, dynamic, weights_per):
     weight_step = None
     if grid is not None:
         weight = layer.weight.detach().float()
-        weight_step = mse_step(weight.flatten(1) if weights_per == "channel" else weight.reshape(1, -1), grid)
+        parts = [weight] if split is None else _halves(weight, split)
+        steps = [mse_step(part.flatten(1) if weights_per == "channel" else part.reshape(1, -1), grid) for part in parts]
+        weight_step = steps[0] if split is None else torch.stack(steps)
     copied.register_buffer("weight_step", weight_step)
     copied.register_buffer("levels", None)
     copied.register_buffer("rounded", None)
-    step = DynamicStep(dynamic) if dynamic else None
-    copied.activation = None if activations is None else ActivationQuantizer(activations, step=step).to(layer.weight.device)
+    copied.split, copied.activation = split, None
+    if activations is not None:
+        make = lambda: ActivationQuantizer(activations, step=DynamicStep(dynamic) if dynamic else None)  # noqa: E731
+        quantizer = make() if split is None else SplitQuantizer(split, [make(), make()])
+        copied.activation = quantizer.to(layer.weight.device)
     return copied

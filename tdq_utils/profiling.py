@@ -209,12 +209,18 @@ class Profile:
             return Profile(**{**dict(data), "layers": data["layers"].tolist()})
 
 
+def half_names(layer, at):
+    """Names of the two halves of a layer's input that is split after ``at`` channels."""
+    return f"{layer}[:{at}]", f"{layer}[{at}:]"
+
+
 @contextmanager
-def recording(model, layers=None):
+def recording(model, layers=None, splits=None):
     """While open, count the inputs of the model's conv and linear layers; the hooks are gone afterwards.
 
     Yields a dict ``{(layer, t): statistics}`` that :func:`as_profile` turns into a :class:`Profile`.
-    The time step of each call is read from the call itself.
+    The time step of each call is read from the call itself. ``splits`` maps layers to a number of channels: their
+    first channels and the rest are counted apart, under the names of :func:`half_names`.
     """
     cells, clock = {}, {"t": None}
 
@@ -226,7 +232,10 @@ def recording(model, layers=None):
 
     def see_input(name):
         def hook(module, args):
-            cells.setdefault((name, clock["t"]), _Cell()).add(args[0].detach())
+            x, at = args[0].detach(), (splits or {}).get(name)
+            parts = {name: x} if at is None else dict(zip(half_names(name, at), (x[:, :at], x[:, at:]), strict=True))
+            for part, values in parts.items():
+                cells.setdefault((part, clock["t"]), _Cell()).add(values)
 
         return hook
 

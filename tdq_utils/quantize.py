@@ -7,7 +7,8 @@ from fnmatch import fnmatchcase
 import torch
 
 from tdq_utils.errors import TDQError
-from tdq_utils.layers import TWINS, Clock, twin
+from tdq_utils.layers import TWINS, Clock, SplitQuantizer, twin
+from tdq_utils.profiling import half_names
 from tdq_utils.quantizers import (
     Grid,
     LearnedStep,
@@ -29,6 +30,7 @@ class Quantization:
     Attributes:
         weights, activations: bits, or ``None`` for full precision. method: one of ``METHODS``.
         weights_per: ``"channel"`` or ``"tensor"``. kept: names of the layers left in full precision.
+        split_skips: whether the halves of concatenated inputs have quantizers of their own.
         originals: the layers that were taken out, by name. clock: routes t. handles: the clock's hooks.
         frozen: whether :func:`freeze` has run.
     """
@@ -38,6 +40,7 @@ class Quantization:
     method: str
     weights_per: str
     kept: list
+    split_skips: bool = False
     originals: dict = field(default_factory=dict, repr=False)
     clock: Clock = field(default_factory=Clock, repr=False)
     handles: list = field(default_factory=list, repr=False)
@@ -62,7 +65,7 @@ def kept_layers(model):
     return list(dict.fromkeys(names))
 
 
-def quantize(model, weights=8, activations=8, method="tdq", keep=None, weights_per="channel"):
+def quantize(model, weights=8, activations=8, method="tdq", keep=None, weights_per="channel", split_skips=False):
     """Replace the model's conv and linear layers by quantized twins, in place.
 
     The twins share the original parameters, which stay untouched; :func:`restore` puts the originals back.
@@ -77,6 +80,8 @@ def quantize(model, weights=8, activations=8, method="tdq", keep=None, weights_p
         keep: dotted names or patterns (``"mid_block.*"``) of layers to leave in full precision;
             default: :func:`kept_layers`.
         weights_per: ``"channel"`` (output channel) or ``"tensor"``.
+        split_skips: give the two halves of a concatenated skip input quantizers of their own, for activations and
+            weights (Q-Diffusion, Li et al. 2023); see :func:`skip_splits`.
 
     Raises:
         TDQError: bits outside 2..8, unknown method, a pattern that names no layer, weights that are not
@@ -86,9 +91,11 @@ def quantize(model, weights=8, activations=8, method="tdq", keep=None, weights_p
     grid = None if weights is None else Grid(weights)
     if activations is not None:
         Grid(activations)  # refuse wrong bits before any work
-    twins = {name: twin(layer, grid, activations, DYNAMIC.get(method), weights_per) for name, layer in names.items() if layer}
+    splits = skip_splits(model) if split_skips else {}
+    how = grid, activations, DYNAMIC.get(method), weights_per
+    twins = {name: twin(layer, *how, splits.get(name)) for name, layer in names.items() if layer}
     kept = [name for name, layer in names.items() if not layer]
-    model.quantization = state = Quantization(weights, activations, method, weights_per, kept)
+    model.quantization = state = Quantization(weights, activations, method, weights_per, kept, split_skips)
     for name, layer in twins.items():
         state.originals[name] = model.get_submodule(name)
         layer.clock = state.clock
@@ -152,6 +159,35 @@ def quantized_layers(model):
     return {name: model.get_submodule(name) for name in checked_state(model).originals}
 
 
+def activation_quantizers(model):
+    """``{name: ActivationQuantizer}``; a layer with a split input has two, ``name[:64]`` and ``name[64:]``."""
+    found = {}
+    for name, layer in quantized_layers(model).items():
+        if isinstance(layer.activation, SplitQuantizer):
+            found |= zip(half_names(name, layer.activation.at), layer.activation.halves, strict=True)
+        elif layer.activation is not None:
+            found[name] = layer.activation
+    return found
+
+
+def skip_splits(model):
+    """``{layer: channels}`` that come from below, where an up-block's residual block gets them joined with a skip.
+
+    By structure: each such block's input has more channels than the block before put out; the rest is the skip.
+    TDQError: the model is no UNet of diffusers.
+    """
+    if not hasattr(model, "up_blocks"):
+        raise TDQError(f"split_skips needs a UNet with up_blocks; {type(model).__name__} concatenates no skips.")
+    splits, below = {}, (model.mid_block or model.down_blocks[-1]).resnets[-1].out_channels
+    for i, block in enumerate(model.up_blocks):
+        for j, resnet in enumerate(block.resnets):
+            for name in ("conv1", "conv_shortcut"):
+                if getattr(resnet, name) is not None and resnet.in_channels > below:
+                    splits[f"up_blocks.{i}.resnets.{j}.{name}"] = below
+            below = resnet.out_channels
+    return splits
+
+
 def restore(model):
     """Take the quantizers out: the model that went in, bit for bit. TDQError: it is not quantized."""
     _remove(model)
@@ -183,11 +219,10 @@ def freeze(model, scheduler, steps=None, nearest=False):
     """
     checked_state(model)
     visited = list(range(scheduler.config.num_train_timesteps)) if steps is None else timesteps(scheduler, steps)
-    layers = quantized_layers(model)
-    frozen = {name: _frozen_step(layer.activation, visited, nearest) for name, layer in layers.items()}
-    for name, layer in layers.items():
-        if layer.activation is not None:
-            layer.activation.step = frozen[name]
+    quantizers = activation_quantizers(model)
+    frozen = {name: _frozen_step(quantizer.step, visited, nearest) for name, quantizer in quantizers.items()}
+    for name, quantizer in quantizers.items():
+        quantizer.step = frozen[name]
     round_weights(model)
 
 
@@ -199,10 +234,7 @@ def round_weights(model):
     checked_state(model).frozen = True
 
 
-def _frozen_step(activation, visited, nearest):
-    if activation is None:
-        return None
-    step = activation.step
+def _frozen_step(step, visited, nearest):
     if step is None:
         raise TDQError("freeze takes a calibrated model; call calibrate(model, scheduler, ...) first.")
     if isinstance(step, StepGenerator):

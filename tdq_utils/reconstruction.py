@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from tdq_utils.quantize import checked_state, full_precision, quantized_layers, round_weights
+from tdq_utils.quantize import activation_quantizers, checked_state, full_precision, quantized_layers, round_weights
 from tdq_utils.quantizers import LearnedStep, TimeSteps
 from tdq_utils.temporal import StepGenerator
 
@@ -42,11 +42,8 @@ def refine(model, data, target="block", iterations=200, rate=1e-3, batch_size=16
     Returns:
         The loss of each iteration.
     """
-    sources = [
-        layer.activation.step
-        for layer in quantized_layers(model).values()
-        if isinstance(layer.activation.step, (LearnedStep, StepGenerator))
-    ]
+    steps = [quantizer.step for quantizer in activation_quantizers(model).values()]
+    sources = [step for step in steps if isinstance(step, (LearnedStep, StepGenerator))]
     parameters = [parameter for source in sources for parameter in source.parameters()]
     loss = {"block": _block_error, "noise": _noise_error}[target]
     for source in sources:
@@ -146,8 +143,7 @@ class SoftRounding(nn.Module):
     def __init__(self, layer):
         super().__init__()
         self.grid = layer.weight_grid
-        s = layer.weight_step.detach()
-        self.s = s.reshape(-1, *[1] * (layer.weight.dim() - 1))
+        self.s = layer.spread_weight_step().detach()
         scaled = layer.weight.detach() / self.s
         self.floor = scaled.floor()
         fraction = (scaled - self.floor).clamp(1e-4, 1 - 1e-4)

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tdq_utils.errors import DataError
-from tdq_utils.quantize import checked_state, quantize, quantized_layers, round_weights
+from tdq_utils.quantize import activation_quantizers, checked_state, quantize, quantized_layers, round_weights
 from tdq_utils.quantizers import DynamicStep, Grid, LearnedStep, StaticStep, TableStep
 from tdq_utils.temporal import FourierFeatures, RawTime, StepGenerator
 
@@ -39,7 +39,8 @@ def save_quantized(model, folder):
         frozen=state.frozen,
         # Convolutions in another memory format sum in another order.
         channels_last=any(p.dim() == 4 and not p.is_contiguous() for p in model.parameters()),
-        layers={name: _describe(layer.activation) for name, layer in quantized_layers(model).items()},
+        split_skips=state.split_skips,
+        layers={name: _describe(quantizer) for name, quantizer in activation_quantizers(model).items()},
     )
     # Rounded weights of a frozen model follow from the weights and their steps: not stored twice.
     tensors = {k: v.contiguous() for k, v in model.state_dict().items() if not k.endswith(".rounded")}
@@ -70,38 +71,36 @@ def _build(settings, tensors):
     """The quantized model that the contents of the two files describe."""
     model = getattr(diffusers, settings["model"]).from_config(settings["config"]).eval().requires_grad_(False)
     model.to(memory_format=torch.channels_last if settings["channels_last"] else torch.contiguous_format)
-    quantize(model, **{k: settings[k] for k in ("weights", "activations", "method", "keep", "weights_per")})
+    quantize(model, **{k: settings[k] for k in ("weights", "activations", "method", "keep", "weights_per", "split_skips")})
     for name, layer in quantized_layers(model).items():
         layer.levels = tensors.get(f"{name}.levels")
-        _rebuild(layer, settings["layers"][name], tensors, name)
+    places = {module: place for place, module in model.named_modules()}
+    for name, quantizer in activation_quantizers(model).items():
+        _rebuild(quantizer, settings["layers"][name], tensors, places[quantizer])
     model.load_state_dict(tensors)
     if settings["frozen"]:
         round_weights(model)
     return model
 
 
-def _describe(activation):
+def _describe(quantizer):
     """JSON for an activation quantizer: its grid, and the kind and shape of its step source."""
-    if activation is None:
-        return None
-    grid, step = activation.grid, activation.step
+    grid, step = quantizer.grid, quantizer.step
     return dict(
         grid=None if grid is None else dict(bits=grid.bits, low=grid.low),
         step=None if step is None else dict(kind=type(step).__name__, **step.settings()),
     )
 
 
-def _rebuild(layer, description, tensors, name):
-    """Give ``layer`` a grid and a step source of the described kind, still without its values."""
-    if description is None:
-        return
-    layer.activation.grid = description["grid"] and Grid(**description["grid"])
+def _rebuild(quantizer, description, tensors, place):
+    """Give a quantizer a grid and a step source of the described kind, still without its values."""
+    quantizer.grid = description["grid"] and Grid(**description["grid"])
     settings = dict(description["step"] or {})
     kind = settings.pop("kind", None)
     if kind == "TableStep":
-        prefix = f"{name}.activation.step."
+        prefix = f"{place}.step."
         settings = dict(t=tensors[prefix + "t"], s=tensors[prefix + "s"])
     if kind == "StepGenerator":
         width = settings.pop("width")
         settings["features"] = RawTime() if width == 1 else FourierFeatures(width)
-    layer.activation.step = None if kind is None else KINDS[kind](**settings).eval()
+    quantizer.step = None if kind is None else KINDS[kind](**settings).eval()

@@ -1,10 +1,10 @@
-# make demo | test | lab | bench | notebooks
+# make demo | test | lab | reproduce | bench | notebooks
 PYTHON ?= python3
 BIN := .venv/bin
 # One stamp: reinstall only when a list of requirements changes.
 READY := .venv/.installed
 
-.PHONY: demo test lab bench notebooks clean
+.PHONY: demo test lab reproduce bench notebooks clean
 
 demo: $(READY)  ## execute the quickstart, print its table, name its page
 	$(BIN)/python -m tdq_utils demo
@@ -12,11 +12,14 @@ demo: $(READY)  ## execute the quickstart, print its table, name its page
 test: $(READY)  ## lint, unit tests, and every notebook against its stored outputs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 	$(BIN)/pytest --nbval --nbval-current-env notebooks
 
 lab: $(READY)  ## JupyterLab on the quickstart
 	$(BIN)/jupyter lab notebooks/00_quickstart.ipynb
+
+reproduce: $(READY)  ## the table of post-training quantization, hours; stop it any time, it goes on where it was
+	$(BIN)/python -m tdq_utils reproduce ptq --out data/results/ptq.csv --cache runs/cache
 
 bench: $(READY)  ## what profiling and simulation cost, as ratios measured in one run
 	$(BIN)/python -m tdq_utils bench

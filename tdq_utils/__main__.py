@@ -72,7 +72,7 @@ def calibrate(args):
     from tdq_utils.calibration import calibrate as choose_steps
 
     model, scheduler = load_model(args.model)
-    quantize(model, args.weights, args.activations, args.method)
+    quantize(model, args.weights, args.activations, args.method, split_skips=args.split_skips)
     choose_steps(model, scheduler, range(args.first_seed, args.first_seed + args.images), args.steps,
                  reconstruct=args.reconstruct, weights_method=args.weights_method)  # fmt: skip
     save_quantized(model, args.out)
@@ -170,6 +170,7 @@ def parser():
     sub.add_argument("--first-seed", type=int, default=10_000, help="of the trajectories")
     sub.add_argument("--steps", type=int, default=20, help="sampling steps of a trajectory")
     sub.add_argument("--reconstruct", default="input", help="input, block or noise: the error that learned step sizes descend")
+    sub.add_argument("--split-skips", action="store_true", help="quantize the halves of concatenated skip inputs apart")
     sub.add_argument("--weights-method", help="adaround: learn how each weight is rounded (default: to the nearest level)")
 
     sub = command(reproduce)

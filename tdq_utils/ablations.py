@@ -17,6 +17,12 @@ VARIANTS = {
         "LSQ: 2 mean / sqrt(q_max)": dict(start="lsq"),
     },
     "linear layers": {str(depth): dict(depth=depth) for depth in (4, 1, 2, 3, 5)},
+    "reconstruction of": {
+        "each layer's input": {},
+        "each block's output": dict(reconstruct="block"),
+        "the predicted noise": dict(reconstruct="noise"),
+    },
+    "skip inputs": {"one quantizer": {}, "one for each half": {}},
     "calibration images": {str(n): {} for n in (CALIBRATION, 2, 8, 128)},
 }
 TRANSFER = "sampling steps"
@@ -44,6 +50,11 @@ class Ablation(Job):
     def options(self):
         """Further arguments of ``calibrate``."""
         return {**super().options, **VARIANTS.get(self.question, {}).get(self.variant, {})}
+
+    @property
+    def quantization(self):
+        """Further arguments of ``quantize``."""
+        return dict(split_skips=self.variant == "one for each half")
 
     @property
     def transfers(self):

@@ -58,6 +58,11 @@ class Job:
         return dict(seed=self.repeat) if self.method in ("learned", "tdq") else {}
 
     @property
+    def quantization(self):
+        """Further arguments of ``quantize``."""
+        return {}
+
+    @property
     def transfers(self):
         """Whether a table meets steps that it was not calibrated for."""
         return False
@@ -222,7 +227,7 @@ class _Bench:
         elif job.method == "full precision":
             _stream(distances, (torch.from_numpy(part.copy()) for part in _parts(clean)), clean)
         else:
-            quantize(self.model, job.weights or None, job.activations or None, job.method)
+            quantize(self.model, job.weights or None, job.activations or None, job.method, **job.quantization)
             try:
                 self._calibrate(job)
                 calibration = time.perf_counter() - start
@@ -245,12 +250,13 @@ class _Bench:
     def _calibrate(self, job):
         """All methods of a repeat see the same data and the same profile."""
         trajectories, steps = job.calibration
-        if self.calibrated_on != (job.repeat, trajectories, steps):
+        source = job.repeat, trajectories, steps, *job.quantization.items()
+        if self.calibrated_on != source:
             first = job.repeat * SEEDS + SEEDS // 2
             how = dict(batch_size=self.batch_size, progress=False)
             self.data = CalibrationSet.collect(self.model, self.scheduler, range(first, first + trajectories), steps, **how)
             self.profile = profile_set(self.model, self.data, self.batch_size)
-            self.calibrated_on = job.repeat, trajectories, steps
+            self.calibrated_on = source
         weights_method = "adaround" if job.weights_method == "adaround" else None
         calibrate(self.model, self.scheduler, data=self.data, profile=self.profile, weights_method=weights_method,
                   progress=False, **job.options)  # fmt: skip

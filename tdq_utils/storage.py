@@ -1,5 +1,6 @@
 """A quantized model as a folder: safetensors for the numbers, JSON for the settings."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -45,6 +46,7 @@ def save_quantized(model, folder):
     # Rounded weights of a frozen model follow from the weights and their steps: not stored twice.
     tensors = {k: v.contiguous() for k, v in model.state_dict().items() if not k.endswith(".rounded")}
     save_file(tensors, folder / "model.safetensors")
+    settings["sha256"] = _sha256(folder / "model.safetensors")
     (folder / "quantization.json").write_text(json.dumps(settings, indent=1) + "\n")
 
 
@@ -52,7 +54,7 @@ def load_quantized(folder):
     """Read a model that :func:`save_quantized` wrote; on the CPU, in eval mode.
 
     Raises:
-        DataError: a missing or damaged file, or a newer format.
+        DataError: a missing or damaged file, a newer format, or weights that are not those the settings were saved with.
     """
     folder = Path(folder)
     try:
@@ -60,11 +62,17 @@ def load_quantized(folder):
         tensors = load_file(folder / "model.safetensors")
         if settings["format"] != FORMAT:
             raise ValueError(f"format must be {FORMAT}, got {settings['format']}; save it with this version")
+        if (digest := _sha256(folder / "model.safetensors")) != settings["sha256"]:
+            raise ValueError(f"sha256 of model.safetensors must be {settings['sha256']}, got {digest}; copy both files again")
         return _build(settings, tensors)
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
         raise DataError(
             f"{folder} must hold quantization.json and model.safetensors as save_quantized writes them: {error!r}"
         ) from error
+
+
+def _sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _build(settings, tensors):

@@ -113,3 +113,13 @@ def test_damaged_files_are_named(calibrated, tmp_path, damage):
     damage(tmp_path)
     with pytest.raises(DataError, match=str(tmp_path)):
         load_quantized(tmp_path)
+
+
+def test_weights_of_another_model_are_noticed(calibrated, tmp_path):
+    model = calibrated("mse")
+    save_quantized(model, tmp_path / "a")
+    model.conv_in.bias.add_(1)
+    save_quantized(model, tmp_path / "b")
+    (tmp_path / "b" / "model.safetensors").replace(tmp_path / "a" / "model.safetensors")
+    with pytest.raises(DataError, match="sha256 of model.safetensors must be .* copy both files again"):
+        load_quantized(tmp_path / "a")

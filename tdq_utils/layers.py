@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from tdq_utils.errors import TDQError
 from tdq_utils.quantizers import ActivationQuantizer, DynamicStep, TimeSteps, fake_quantize, mse_step
+from tdq_utils.rules import lsq
 
 
 class QuantizedLayer(nn.Module):
@@ -31,10 +32,11 @@ class QuantizedLayer(nn.Module):
             return self.weight if self.rounded is None else self.rounded
         if self.levels is not None:
             return self.levels * self.spread_weight_step()
+        rule = lsq if self.training else fake_quantize
         if self.split is None:
-            return fake_quantize(self.weight, self.weight_step, self.weight_grid)
+            return rule(self.weight, self.weight_step, self.weight_grid)
         halves = zip(_halves(self.weight, self.split), self.weight_step, strict=True)
-        return torch.cat([fake_quantize(half, s, self.weight_grid) for half, s in halves], dim=1)
+        return torch.cat([rule(half, s, self.weight_grid) for half, s in halves], dim=1)
 
     def spread_weight_step(self):
         """The step size of every weight, in a shape that broadcasts to the weights."""

@@ -32,7 +32,7 @@ class Quantization:
         weights_per: ``"channel"`` or ``"tensor"``. kept: names of the layers left in full precision.
         split_skips: whether the halves of concatenated inputs have quantizers of their own.
         originals: the layers that were taken out, by name. clock: routes t. handles: the clock's hooks.
-        frozen: whether :func:`freeze` has run.
+        frozen: whether :func:`freeze` has run. before: the parameters before fine-tuning, or ``None``.
     """
 
     weights: int | None
@@ -45,6 +45,7 @@ class Quantization:
     clock: Clock = field(default_factory=Clock, repr=False)
     handles: list = field(default_factory=list, repr=False)
     frozen: bool = False
+    before: dict | None = field(default=None, repr=False)
 
 
 def kept_layers(model):
@@ -191,6 +192,10 @@ def skip_splits(model):
 def restore(model):
     """Take the quantizers out: the model that went in, bit for bit. TDQError: it is not quantized."""
     _remove(model)
+    if model.quantization.before is not None:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(model.quantization.before[name])
     del model.quantization
 
 

@@ -103,9 +103,8 @@ def fake_quantize(x, s, grid, grad_factor=1.0):
 
 
 def _clamp(q, lo, hi):
-    if lo.numel() == 1:  # numbers are faster than one-element tensors
-        return q.clamp_(lo.item(), hi.item())
-    return torch.minimum(torch.maximum(q, lo, out=q), hi, out=q)
+    # Numbers are faster than one-element tensors.
+    return q.clamp_(lo.item(), hi.item()) if lo.numel() == 1 else torch.minimum(torch.maximum(q, lo, out=q), hi, out=q)
 
 
 def squared_error(values, counts, s, grid):
@@ -276,11 +275,12 @@ class ActivationQuantizer(nn.Module):
         bits: 2 to 8.
         grid: :class:`Grid`, or ``None`` to choose it by the range of each input (dynamic methods).
         step: :class:`StepSize`, or ``None`` until calibration.
+    In training, ``rule`` quantizes (:mod:`tdq_utils.rules`), else :func:`fake_quantize`.
     """
 
     def __init__(self, bits, grid=None, step=None):
         super().__init__()
-        self.bits, self.grid, self.step = bits, grid, step
+        self.bits, self.grid, self.step, self.rule = bits, grid, step, fake_quantize
 
     def forward(self, x, t):
         """Fake-quantize ``x`` at :class:`TimeSteps` ``t``. TDQError: not calibrated."""
@@ -292,7 +292,8 @@ class ActivationQuantizer(nn.Module):
                 # A sample's grid must not depend on its neighbours.
                 return torch.cat([self(sample, t) for sample in x.split(1)])
         grid = self.grid or Grid.for_range(self.bits, *(end.item() for end in x.aminmax()))
-        return fake_quantize(x, self.step(x, t, grid), grid)
+        rule = self.rule if self.training else fake_quantize
+        return rule(x, self.step(x, t, grid), grid)
 
     def extra_repr(self):
         """Bits and the kind of grid, for print(model)."""

@@ -71,10 +71,10 @@ def train_unet(out, iterations=5400, batch=128, seed=0, ema_decay=0.999, root=No
     model = UNet2DModel(**UNET).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    start, log = _resume(out / "state.pt", model=model, ema=ema, optimizer=optimizer)
+    start, log = load_state(out / "state.pt", model=model, ema=ema, optimizer=optimizer)
 
     def loss_at(i):
-        return _denoising_loss(model, images, scheduler, batch, generator=_generator(seed, i))
+        return denoising_loss(model, images, scheduler, batch, generator=iteration_generator(seed, i))
 
     if compiled:
         compile_blocks(model, lambda: loss_at(start))
@@ -90,7 +90,7 @@ def train_unet(out, iterations=5400, batch=128, seed=0, ema_decay=0.999, root=No
         _update_ema(ema, model, min(ema_decay, (1 + i) / (10 + i)))
         log.append(loss.item())
         if time.monotonic() - saved > 45 or i + 1 == iterations:
-            _save(out / "state.pt", i + 1, log, model=model, ema=ema, optimizer=optimizer)
+            save_state(out / "state.pt", i + 1, log, model=model, ema=ema, optimizer=optimizer)
             saved = time.monotonic()
             bar.set_postfix(loss=f"{sum(log[-200:]) / len(log[-200:]):.4f}")
     return _export(out, ema, scheduler, log)
@@ -140,11 +140,12 @@ def _gradients(model, loss):
     return gradients
 
 
-def _generator(seed, iteration):
+def iteration_generator(seed, iteration):
+    """Random numbers that depend on the seed and the iteration alone, so that a resumed run draws the same."""
     return torch.Generator().manual_seed(seed * 10_000_000 + iteration)
 
 
-def _denoising_loss(forward, images, scheduler, batch, generator):
+def denoising_loss(forward, images, scheduler, batch, generator):
     """The ordinary DDPM loss (Ho et al. 2020, eq. 14): mean squared error of the predicted noise."""
     pick = torch.randint(len(images), (batch,), generator=generator)
     t = torch.randint(scheduler.config.num_train_timesteps, (batch,), generator=generator)
@@ -160,13 +161,14 @@ def _update_ema(ema, model, decay):
         averaged.lerp_(current, 1 - decay)
 
 
-def _save(path, iteration, log, **parts):
+def save_state(path, iteration, log, **parts):
+    """Write the state of a run: iterations done, their losses, and the state dict of each part."""
     state = {name: part.state_dict() for name, part in parts.items()}
     torch.save({"iteration": iteration, "log": log, **state}, path.with_suffix(".part"))
     path.with_suffix(".part").replace(path)  # a kill leaves the old state or the new, never half
 
 
-def _resume(path, **parts):
+def load_state(path, **parts):
     """Load a saved state into ``parts``; return the iteration to go on from and the loss log."""
     if not path.exists():
         return 0, []

@@ -1,0 +1,125 @@
+"""The QAT loop: what learns at which rate, exact resume, what stops it, and that the model comes back."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tdq_utils import finetuning, freeze, load_quantized, restore, sample, save_quantized
+from tdq_utils.errors import TDQError
+from tdq_utils.finetuning import FINETUNED, finetune
+from tdq_utils.quantize import activation_quantizers, quantized_layers
+from tdq_utils.quantizers import LearnedStep
+from tdq_utils.temporal import StepGenerator
+
+
+@pytest.fixture
+def images():
+    return torch.rand(12, 1, 8, 8) * 2 - 1
+
+
+def train(unet, scheduler, images, profile, **options):
+    options = {"iterations": 3, **options}
+    return finetune(unet, scheduler, images, batch=4, warmup=2, progress=False, profile=profile, **options)
+
+
+@pytest.fixture(autouse=True)
+def quick_calibration(monkeypatch):
+    original = finetuning.calibrate
+    monkeypatch.setattr(finetuning, "calibrate", lambda *args, **options: original(*args, **options, iterations=3))
+
+
+@pytest.mark.parametrize("method", FINETUNED)
+def test_everything_learns_and_the_model_comes_back(unet, scheduler, images, profile, method, tmp_path):
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    losses = train(unet, scheduler, images, profile, method=method)
+    assert len(losses) == 3 and all(loss > 0 for loss in losses)
+    kind = StepGenerator if method.startswith("tdq") else LearnedStep
+    assert {type(q.step) for q in activation_quantizers(unet).values()} == {kind}
+    layers = quantized_layers(unet)
+    assert all(not torch.equal(layer.weight, before[f"{name}.weight"]) for name, layer in layers.items())
+    assert not unet.training and not any(p.requires_grad for p in unet.parameters())
+    x = torch.randn(2, 1, 8, 8)
+    trained = unet(x, 999).sample
+    freeze(unet, scheduler, 4)
+    assert torch.equal(unet(x, 999).sample, trained)
+    save_quantized(unet, tmp_path)
+    assert torch.equal(load_quantized(tmp_path)(x, 999).sample, trained)
+    restore(unet)
+    after = unet.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(value, before[name]) for name, value in after.items())
+
+
+def test_training_helps(unet, scheduler, profile):
+    """On one image, over and over: the loss of a quantized random model falls."""
+    images = torch.rand(1, 1, 8, 8).repeat(4, 1, 1, 1)
+    losses = train(unet, scheduler, images, profile, method="tdq", iterations=60, rate=5e-3)
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+def test_static_steps_learn_at_a_tenth_of_the_rate(unet, scheduler, images, profile, monkeypatch):
+    seen = {}
+
+    class Spy(finetuning._Trainer):
+        def run(self, *args):
+            names = {id(p): name for name, p in self.model.named_parameters()}
+            for group in self.optimizer.param_groups:
+                seen.update({names[id(p)]: group["rate"] for p in group["params"]})
+            return super().run(*args)
+
+    monkeypatch.setattr(finetuning, "_Trainer", Spy)
+    train(unet, scheduler, images, profile, method="lsq", iterations=1, rate=1e-3)
+    for name, rate in seen.items():
+        assert rate == pytest.approx(1e-4 if name.endswith(("log_s", "weight_step")) else 1e-3), name
+    restore(unet)
+    train(unet, scheduler, images, profile, method="tdq", iterations=1, rate=1e-3)
+    assert {rate for name, rate in seen.items() if ".mlp." in name} == {1e-3}
+
+
+@pytest.mark.parametrize("method", ["tdq", "nipq"])
+def test_a_killed_run_goes_on_with_the_same_losses(unet, scheduler, images, profile, method, monkeypatch, tmp_path):
+    monkeypatch.setattr(finetuning, "time", SimpleNamespace(monotonic=itertools.count(step=100).__next__))
+    whole = train(unet, scheduler, images, profile, method=method, iterations=4, out=tmp_path / "whole")
+    final = {name: value.clone() for name, value in unet.state_dict().items()}
+    restore(unet)
+    original = finetuning.denoising_loss
+
+    def killed(*args):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return original(*args)
+
+    calls = []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(finetuning, "denoising_loss", killed)
+        train(unet, scheduler, images, profile, method=method, iterations=4, out=tmp_path / "parts")
+    restore(unet)
+    assert train(unet, scheduler, images, profile, method=method, iterations=4, out=tmp_path / "parts") == whole
+    assert all(torch.equal(value, final[name]) for name, value in unet.state_dict().items())
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(unet, scheduler, images, profile, monkeypatch, tmp_path):
+    monkeypatch.setattr(finetuning, "time", SimpleNamespace(monotonic=itertools.count(step=100).__next__))
+    original, calls = finetuning.denoising_loss, []
+
+    def broken(*args):
+        calls.append(1)
+        return original(*args) * (float("nan") if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(finetuning, "denoising_loss", broken)
+    with pytest.raises(TDQError, match=r"must stay finite; it is nan at iteration 2. Lower rate. The last good state is in"):
+        train(unet, scheduler, images, profile, out=tmp_path, iterations=5)
+    assert torch.load(tmp_path / "state.pt")["iteration"] == 2
+
+
+def test_unknown_method(unet, scheduler, images):
+    with pytest.raises(TDQError, match="method must be one of pact, lsq, nipq, tdq, .*; got 'qat'"):
+        finetune(unet, scheduler, images, method="qat")
+
+
+def test_a_finetuned_model_samples(unet, scheduler, images, profile):
+    train(unet, scheduler, images, profile, iterations=1)
+    freeze(unet, scheduler, 4)
+    assert torch.isfinite(sample(unet, scheduler, range(2), 4, progress=False)).all()

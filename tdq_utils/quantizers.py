@@ -274,8 +274,7 @@ class ActivationQuantizer(nn.Module):
     Args:
         bits: 2 to 8.
         grid: :class:`Grid`, or ``None`` to choose it by the range of each input (dynamic methods).
-        step: :class:`StepSize`, or ``None`` until calibration.
-    In training, ``rule`` quantizes (:mod:`tdq_utils.rules`), else :func:`fake_quantize`.
+        step: :class:`StepSize`, or ``None`` until calibration. In training, ``rule`` (:mod:`tdq_utils.rules`) quantizes.
     """
 
     def __init__(self, bits, grid=None, step=None):

@@ -12,9 +12,10 @@ SAMPLED_STEPS = (10, 20, 50, 100)
 VARIANTS = {
     "encoding of t": {"Fourier features": {}, "raw t": dict(features=RawTime())},
     "initial step size": {
-        "best constant": {},
-        "mean + 3 std": dict(start="std"),
-        "LSQ: 2 mean / sqrt(q_max)": dict(start="lsq"),
+        "the best of each step": {},
+        "best constant": dict(follow=0.0),
+        "mean + 3 std": dict(start="std", follow=0.0),
+        "LSQ: 2 mean / sqrt(q_max)": dict(start="lsq", follow=0.0),
     },
     "linear layers": {str(depth): dict(depth=depth) for depth in (4, 1, 2, 3, 5)},
     "reconstruction of": {

@@ -35,15 +35,14 @@ def calibrate(model, scheduler, seeds=range(64), steps=20, method=None, data=Non
     * ``"minmax"``: truncates nothing. ``"momentum"``: the same range, averaged over batches by a moving average.
     * ``"percentile"``: truncates what lies beyond a percentile of the magnitude (option ``percentile``, default 99.9).
     * ``"mse"``: least squared error, by exhaustive search. ``"ptq4dm"``: the same, with t weighted as PTQ4DM draws it.
-    * ``"learned"``: by descending the squared error with LSQ's gradient.
+    * ``"learned"``: by descending the squared error.
 
     A value that depends on t:
 
     * ``"table"``: one for each t visited, least squared error at that t, by exhaustive search.
-    * ``"tdq"``: a generator s(t) for each layer (So et al. 2023), by descending the error with LSQ's gradient.
+    * ``"tdq"``: a generator s(t) for each layer (So et al. 2023), by descending the error.
 
-    "mse" and "table", and "learned" and "tdq", differ in nothing but the dependence on t. LSQ's gradient treats rounding
-    as a constant offset and settles at slightly smaller steps than the search, so compare within these pairs.
+    "mse" and "table", and "learned" and "tdq", differ in nothing but the dependence on t.
 
     * ``"dynamic"``, ``"dynamic-sample"``: nothing to do.
 
@@ -198,11 +197,11 @@ def _learned(problems, progress, iterations=200, rate=3e-3, seed=0, start="mse")
     return fit(problems, LearnedStep, progress, iterations, rate, seed, start)
 
 
-def _tdq(problems, progress, iterations=200, rate=3e-3, seed=0, start="mse", **generator):
+def _tdq(problems, progress, iterations=200, rate=3e-3, seed=0, start="mse", follow=0.5, **generator):
     def make(s_0):
         return StepGenerator(s_0, **generator)
 
-    return fit(problems, make, progress, iterations, rate, seed, start)
+    return fit(problems, make, progress, iterations, rate, seed, start, follow)
 
 
 def _start(problem, rule):
@@ -220,7 +219,7 @@ def _start(problem, rule):
     raise TDQError(f"start must be 'mse', 'std' or 'lsq'; got {rule!r}.")
 
 
-def fit(problems, make, progress=True, iterations=200, rate=3e-3, seed=0, start="mse"):
+def fit(problems, make, progress=True, iterations=200, rate=3e-3, seed=0, start="mse", follow=0.0):
     """Fit one source of step sizes a layer by gradient descent on the squared quantization error.
 
     The loss of a layer is its error over all t, relative to
@@ -232,6 +231,9 @@ def fit(problems, make, progress=True, iterations=200, rate=3e-3, seed=0, start=
         iterations: of Adam with a cosine rate from ``rate``. seed: of weights and dropout.
         start: first step size of a layer: ``"mse"``, the MSE-optimal constant; ``"std"``, ``(mean + 3 std)`` over the
             number of positive levels (authors' code); or ``"lsq"``, ``2 mean|x| / sqrt(q_max)`` (Esser et al. 2020).
+        follow: share of the iterations, at the beginning, that descend the squared distance of log s(t) to the best
+            value of each step instead. At few bits the error has several minima in s (the shift of the grid is
+            rounded to whole steps), and a curve that starts as a constant stays in that constant's.
 
     Returns:
         ``{layer: source}``.
@@ -239,18 +241,22 @@ def fit(problems, make, progress=True, iterations=200, rate=3e-3, seed=0, start=
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         names = tqdm(problems, desc="fit step sizes", disable=not progress, leave=False)
-        return {name: _fit_layer(problems[name], make, iterations, rate, start) for name in names}
+        return {name: _fit_layer(problems[name], make, iterations, rate, start, follow) for name in names}
 
 
-def _fit_layer(problem, make, iterations, rate, start):
-    s_0, _ = problem.best_steps()
+def _fit_layer(problem, make, iterations, rate, start, follow):
+    s_0, best = problem.best_steps()
     values, counts = problem.values(s_0)
     source = make(float(_start(problem, start)))
     scale = squared_error(values, counts, s_0.expand(len(values)), problem.grid).sum().clamp_min(1e-20)
     optimizer = torch.optim.Adam(source.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
-    for _ in range(iterations):
-        error = squared_error(values, counts, source.at(problem.t), problem.grid).sum() / scale
+    for i in range(iterations):
+        s = source.at(problem.t)
+        if i < follow * iterations:
+            error = (s.log() - best.log()).square().mean()
+        else:
+            error = squared_error(values, counts, s, problem.grid).sum() / scale
         optimizer.zero_grad()
         error.backward()
         nn.utils.clip_grad_norm_(source.parameters(), 1.0)

@@ -15,7 +15,7 @@ def demo(args):
 
     source = Path(__file__).resolve().parents[1] / "notebooks" / "00_quickstart.ipynb"
     notebook = nbformat.read(source, as_version=4)
-    print(f"Executing {source} (about three minutes on two CPU cores) ...", flush=True)
+    print(f"Executing {source} (two to three minutes on two CPU cores) ...", flush=True)
     NotebookClient(notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": source.parent}}).execute()
     for cell in notebook.cells:
         if "headline" in cell.metadata.get("tags", []):
@@ -81,14 +81,12 @@ def calibrate(args):
 
 def reproduce(args):
     """Measure a table of the paper; a row that is there already is not measured again."""
-    from accelerate import PartialState
-
     from tdq_utils.ablations import ablation_jobs
     from tdq_utils.models import load_model
-    from tdq_utils.reproduce import ptq_jobs
+    from tdq_utils.reproduce import processes, ptq_jobs
     from tdq_utils.reproduce import reproduce as measure
 
-    state = PartialState()
+    state = processes()
     model, scheduler = load_model(args.model, device=state.device if state.device.type == "cuda" else None)
     out = args.out or Path("runs") / (f"{args.table}-quick.csv" if args.quick else f"{args.table}.csv")
     images, steps = args.images or (128 if args.quick else 1000), args.steps or (10 if args.quick else 20)

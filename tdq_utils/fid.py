@@ -161,7 +161,8 @@ def _metric(kind, width, **options):
     """A torchmetrics metric for features that are there already."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # "will save all extracted features": 64 numbers an image
-        return kind(feature=_Identity(width), **options).set_dtype(torch.float64)
+        # Processes measure different rows: their features must not be gathered.
+        return kind(feature=_Identity(width), sync_on_compute=False, **options).set_dtype(torch.float64)
 
 
 def frechet_distance(a, b):

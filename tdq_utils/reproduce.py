@@ -148,7 +148,8 @@ def _write(path, rows):
 def reproduce(jobs, model, scheduler, out, images=1000, batch_size=16, features="classifier", cache=None, progress=True):
     """Measure the jobs that ``out`` does not hold yet.
 
-    Under ``accelerate launch`` the jobs are dealt out to the processes; two give the rows of one.
+    Under ``accelerate launch`` (GPUs) or ``torchrun`` (CPUs) the jobs are dealt out to the processes; two give the rows
+    of one.
 
     Args:
         jobs: list of :class:`Job`, all of one class. model, scheduler: in full precision. out: CSV.
@@ -163,7 +164,7 @@ def reproduce(jobs, model, scheduler, out, images=1000, batch_size=16, features=
     Raises:
         TDQError: rows in ``out`` with another protocol, no more images than features. DataError: a damaged ``out``.
     """
-    state = PartialState(timeout=timedelta(days=1))  # the first to finish waits for the last
+    state = processes()
     _check_images(images, features)
     table = Table(out, tuple(field.name for field in fields(jobs[0])), state.process_index, state.num_processes)
     protocol = dict(images=images, sampler="DDIM", model=fingerprint(model), features=features)
@@ -181,6 +182,12 @@ def reproduce(jobs, model, scheduler, out, images=1000, batch_size=16, features=
         table.merge([tuple(asdict(job).values()) for job in jobs])
     state.wait_for_everyone()
     return pd.DataFrame(table.everything().values())
+
+
+def processes():
+    """How many processes share the work, and which is this one (accelerate's state)."""
+    # The first to finish waits for the last, however long that takes.
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
 
 
 def _check_images(images, features):

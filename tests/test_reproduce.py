@@ -1,5 +1,8 @@
 """The tables: rows survive kills, are not measured twice, refuse to be mixed; streams equal what they stream."""
 
+import os
+import subprocess
+import sys
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -99,11 +102,34 @@ def test_two_processes_give_the_rows_of_one(unet, scheduler, tmp_path, monkeypat
             pass
 
     for rank in (1, 0):
-        monkeypatch.setattr(module, "PartialState", lambda rank=rank, **options: State(rank))
+        monkeypatch.setattr(module, "processes", lambda rank=rank: State(rank))
         table = measure(unet, scheduler, tmp_path / "two.csv")
         assert len(table) == (2 if rank else len(JOBS))
     pd.testing.assert_frame_equal(table[["method", "fcd", "mse"]], whole[["method", "fcd", "mse"]], rtol=1e-4)
     assert [file.name for file in tmp_path.glob("two*.csv")] == ["two.csv"]
+
+
+SCRIPT = """
+import sys
+from tdq_utils import load_model, reproduce as module
+
+module.CALIBRATION = 2
+jobs = [module.Job(method, *bits, steps=1) for method, *bits in (("full precision",), ("mse", 8, 8), ("minmax", 8, 8))]
+module.reproduce(jobs, *load_model(), sys.argv[1], images=65, progress=False)
+"""
+
+
+def test_two_real_processes_give_the_rows_of_one(tmp_path):
+    """Launched as a user would on a CPU; slow to start, so few and small rows."""
+    (tmp_path / "table.py").write_text(SCRIPT)
+    launchers = {"one.csv": [], "two.csv": ["-m", "torch.distributed.run", "--nproc-per-node", "2"]}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name, launcher in launchers.items():
+        command = [sys.executable, *launcher, str(tmp_path / "table.py"), str(tmp_path / name)]
+        subprocess.run(command, check=True, env=environment, capture_output=True)
+    one, two = (pd.read_csv(tmp_path / name)[["method", "fcd", "kid", "mse"]] for name in launchers)
+    pd.testing.assert_frame_equal(one, two, rtol=1e-3)
+    assert not list(tmp_path.glob("two.*.csv"))
 
 
 @pytest.mark.usefixtures("small")

@@ -193,11 +193,11 @@ def _table(problems, progress):
     return {name: TableStep(p.t, p.best_steps()[1]) for name, p in problems.items()}
 
 
-def _learned(problems, progress, iterations=200, rate=3e-3, seed=0, start="mse"):
+def _learned(problems, progress, iterations=100, rate=5e-3, seed=0, start="mse"):
     return fit(problems, LearnedStep, progress, iterations, rate, seed, start)
 
 
-def _tdq(problems, progress, iterations=200, rate=3e-3, seed=0, start="mse", follow=0.5, **generator):
+def _tdq(problems, progress, iterations=100, rate=5e-3, seed=0, start="mse", follow=0.5, **generator):
     def make(s_0):
         return StepGenerator(s_0, **generator)
 
@@ -219,7 +219,7 @@ def _start(problem, rule):
     raise TDQError(f"start must be 'mse', 'std' or 'lsq'; got {rule!r}.")
 
 
-def fit(problems, make, progress=True, iterations=200, rate=3e-3, seed=0, start="mse", follow=0.0):
+def fit(problems, make, progress=True, iterations=100, rate=5e-3, seed=0, start="mse", follow=0.0):
     """Fit one source of step sizes a layer by gradient descent on the squared quantization error.
 
     The loss of a layer is its error over all t, relative to

@@ -90,7 +90,8 @@ def reproduce(args):
     model, scheduler = load_model(args.model, device=state.device if state.device.type == "cuda" else None)
     out = args.out or Path("runs") / (f"{args.table}-quick.csv" if args.quick else f"{args.table}.csv")
     images, steps = args.images or (128 if args.quick else 1000), args.steps or (10 if args.quick else 20)
-    how = dict(batch_size=args.batch_size, features=args.features, cache=args.cache, progress=state.is_main_process)
+    how = dict(batch_size=args.batch_size, features=args.features, cache=args.cache, compiled=args.compile,
+               progress=state.is_main_process)  # fmt: skip
     jobs = ptq_jobs(args.quick, steps) if args.table == "ptq" else ablation_jobs()
     table = measure(jobs, model, scheduler, out, images, **how)
     if state.is_main_process:
@@ -181,6 +182,7 @@ def parser():
     sub.add_argument("--steps", type=int, help="sampling steps (default: 20, quick 10)")
     sub.add_argument("--features", default="classifier", help="classifier (FCD) or inception (FID; needs the extra of that name)")
     sub.add_argument("--batch-size", type=int, default=16, help="images at a time; hundreds on a GPU")
+    sub.add_argument("--compile", action="store_true", help="sample through torch.compile (needs a C++ compiler)")
 
     sub = command(bench)
     sub.add_argument("--model", default="fashion-mnist", help="short name, folder or hub id")

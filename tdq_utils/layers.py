@@ -49,7 +49,7 @@ class QuantizedLayer(nn.Module):
     def forward(self, x):
         """The layer on quantized input and weights."""
         if self.activation is not None:
-            x = self.activation(x, self.clock.now)
+            x = self.activation(x, self.clock and self.clock.now)
         if isinstance(self, nn.Linear):
             return F.linear(x, self.quantized_weight(), self.bias)
         return self._conv_forward(x, self.quantized_weight(), self.bias)

@@ -16,10 +16,12 @@ from tqdm.auto import tqdm
 from tdq_utils.calibration import calibrate, profile_set
 from tdq_utils.calibration_set import CalibrationSet
 from tdq_utils.datasets import load_images
-from tdq_utils.errors import DataError, TDQError
+from tdq_utils.errors import TDQError
 from tdq_utils.fid import Distances, feature_extractor
 from tdq_utils.models import fingerprint
-from tdq_utils.quantize import METHODS, freeze, quantize, restore
+from tdq_utils.quantize import DYNAMIC, METHODS, freeze, quantize, restore
+from tdq_utils.results import Table
+from tdq_utils.runtime import Runner
 from tdq_utils.sampling import sample_batches
 
 BITS = ((8, 8), (8, 6), (8, 5), (8, 4), (4, 8), (4, 5))
@@ -27,7 +29,6 @@ HEADLINE = ((8, 6), (8, 5), (4, 5))  # these get a third repeat
 QUICK_BITS = ((8, 5), (4, 5))
 CALIBRATION = 32  # trajectories
 SEEDS = 1_000_000  # repeat r samples the seeds from r * SEEDS and calibrates on others of the same million
-PROTOCOL = ("images", "sampler", "model", "features")  # must agree in all rows of one table
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ def ptq_jobs(quick=False, steps=20, repeats=2):
     """The jobs of the table of post-training quantization, most wanted first.
 
     Full precision and real images once a repeat; then every method at every pair of bits, ``repeats`` times and
-    once more at the headline settings. ``quick``: one repeat of W8A5 and W4A5.
+    once more at the headline settings; the dynamic intervals, slowest to sample, at the end.
+    ``quick``: one repeat of W8A5 and W4A5.
     """
     bits, repeats = (QUICK_BITS, 1) if quick else (BITS, repeats)
     jobs = []
@@ -83,69 +85,12 @@ def ptq_jobs(quick=False, steps=20, repeats=2):
         jobs += [Job(method, w, a, repeat) for w, a in wanted for method in METHODS]
         if not quick:  # learned rounding of weights matters where they have few bits
             jobs += [Job(method, w, a, repeat, "adaround") for w, a in wanted if w < 8 for method in ("mse", "tdq")]
+    jobs.sort(key=lambda job: job.method in DYNAMIC)
     return [replace(job, steps=steps) for job in jobs]
 
 
-class Table:
-    """Rows on disk, one a job; written whole and renamed, so that a kill at any moment leaves a valid file.
-
-    Several processes each write a file of their own, ``name.rank.csv``, and all read them all.
-
-    Args:
-        path: of the CSV. key: names of the columns that tell rows apart. rank: of this process. world: how many there are.
-    """
-
-    def __init__(self, path, key, rank=0, world=1):
-        self.path, self.key = Path(path), key
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.own = self.path if world == 1 else self.path.with_suffix(f".{rank}.csv")
-        self.rows = read_rows(self.own, key) if self.own.exists() else []
-
-    def everything(self):
-        """The rows of all processes, earlier runs' too: ``{key: row}``."""
-        files = [self.path, *sorted(self.path.parent.glob(f"{self.path.stem}.[0-9]*.csv"))]
-        rows = [row for file in files if file.exists() for row in read_rows(file, self.key)]
-        return {tuple(row[name] for name in self.key): row for row in rows}
-
-    def add(self, row):
-        """Write one row more."""
-        self.rows.append(row)
-        _write(self.own, self.rows)
-
-    def merge(self, keys):
-        """Gather the rows of all processes in the one file, in the order of ``keys``; remove the others."""
-        rank = {key: i for i, key in enumerate(keys)}
-        rows = self.everything()
-        _write(self.path, [rows[key] for key in sorted(rows, key=lambda key: rank.get(key, len(rank)))])
-        for file in self.path.parent.glob(f"{self.path.stem}.[0-9]*.csv"):
-            file.unlink()
-
-
-def read_rows(path, key=()):
-    """The rows of a results file as dicts. DataError: a line that was cut or does not fit the header."""
-    try:
-        text = Path(path).read_text()
-        header, *lines = text.splitlines()
-        for number, line in enumerate(lines, start=2):
-            if line.count(",") != header.count(",") or (number == len(lines) + 1 and not text.endswith("\n")):
-                raise ValueError(f"line {number} was cut: {line[:60]!r}; delete that line, and it is measured again")
-        frame = pd.read_csv(path, dtype={"model": str})
-        if missing := {*key, *PROTOCOL} - set(frame):
-            raise ValueError(f"columns {sorted(missing)} are missing")
-        return frame.to_dict("records")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} must be a results table as `reproduce` writes it: {error}") from error
-
-
-def _write(path, rows):
-    part = path.with_suffix(".part")
-    pd.DataFrame(rows).to_csv(part, index=False, float_format="%.6g")
-    with open(part) as file:
-        os.fsync(file.fileno())
-    part.replace(path)
-
-
-def reproduce(jobs, model, scheduler, out, images=1000, batch_size=16, features="classifier", cache=None, progress=True):
+def reproduce(jobs, model, scheduler, out, images=1000, batch_size=16, features="classifier", cache=None, compiled=False,
+              progress=True):  # fmt: skip
     """Measure the jobs that ``out`` does not hold yet.
 
     Under ``accelerate launch`` (GPUs) or ``torchrun`` (CPUs) the jobs are dealt out to the processes; two give the rows
@@ -156,6 +101,7 @@ def reproduce(jobs, model, scheduler, out, images=1000, batch_size=16, features=
         images: a row; at equal seeds in all rows of a repeat. batch_size: as for ``sample``.
         features: ``"classifier"`` (FCD) or ``"inception"`` (FID), as for :class:`tdq_utils.fid.Distances`.
         cache: folder for the full-precision images that rows are paired with; default: beside ``out``.
+        compiled: sample calibrated models through :class:`tdq_utils.runtime.Runner`, compiled once for all rows.
         progress: show bars.
 
     Returns:
@@ -172,7 +118,7 @@ def reproduce(jobs, model, scheduler, out, images=1000, batch_size=16, features=
     _check_protocol(done.values(), protocol, {job.steps for job in jobs}, out)
     # Dealt out before looking at what is done: processes that start seconds apart still agree.
     mine = [job for job in jobs[state.process_index :: state.num_processes] if tuple(asdict(job).values()) not in done]
-    bench = _Bench(model, scheduler, images, batch_size, features, Path(cache or Path(out).parent / "cache"))
+    bench = _Bench(model, scheduler, images, batch_size, features, Path(cache or Path(out).parent / "cache"), compiled)
     bar = tqdm(mine, desc=f"reproduce {Path(out).name}", disable=not progress)
     for job in bar:
         bar.set_postfix_str(f"{job.method} W{job.weights}A{job.activations} #{job.repeat}")
@@ -221,9 +167,10 @@ def _stream(distances, batches, clean):
 class _Bench:
     """Measures one job after the other; keeps what several share."""
 
-    def __init__(self, model, scheduler, images, batch_size, features, cache):
+    def __init__(self, model, scheduler, images, batch_size, features, cache, compiled):
         self.model, self.scheduler, self.images, self.batch_size = model, scheduler, images, batch_size
-        self.features, self.cache, self.calibrated_on = features, cache, None
+        self.features, self.cache, self.compiled = features, cache, compiled
+        self.calibrated_on, self.runners = None, {}
 
     def measure(self, job):
         """The measured columns of a job's row."""
@@ -239,7 +186,7 @@ class _Bench:
                 self._calibrate(job)
                 calibration = time.perf_counter() - start
                 freeze(self.model, self.scheduler, job.steps, nearest=job.transfers)
-                _stream(distances, self._batches(job), clean)
+                _stream(distances, self._batches(job, self._runner(job)), clean)
             finally:
                 restore(self.model)
         found = distances.compute()
@@ -249,6 +196,7 @@ class _Bench:
             "calibration_seconds": round(calibration, 1),
             "seconds": round(time.perf_counter() - start, 1),
             "threads": torch.get_num_threads(),
+            "compiled": self.compiled and job.weights > 0,
             "device": next(self.model.parameters()).device.type,
             "torch": torch.__version__,
             "diffusers": diffusers.__version__,
@@ -268,9 +216,19 @@ class _Bench:
         calibrate(self.model, self.scheduler, data=self.data, profile=self.profile, weights_method=weights_method,
                   progress=False, **job.options)  # fmt: skip
 
-    def _batches(self, job):
+    def _runner(self, job):
+        """What samples the frozen model: itself, or a compiled graph that all models of its structure share."""
+        if not self.compiled:
+            return self.model
+        structure = job.steps, DYNAMIC.get(job.method), *job.quantization.items()
+        if structure not in self.runners:
+            self.runners[structure] = Runner(self.model, self.scheduler, job.steps)
+        self.runners[structure].load(self.model)
+        return self.runners[structure]
+
+    def _batches(self, job, model):
         seeds = range(job.repeat * SEEDS, job.repeat * SEEDS + self.images)
-        yield from sample_batches(self.model, self.scheduler, seeds, job.steps, self.batch_size, progress=False)
+        yield from sample_batches(model, self.scheduler, seeds, job.steps, self.batch_size, progress=False)
 
     def _clean(self, job):
         """The full-precision images of a repeat, from the cache or made now; memory-mapped."""
@@ -279,7 +237,7 @@ class _Bench:
         path = self.cache / f"{name}.npy"
         if not path.exists():
             part, rows = self.cache / f"{name}.{os.getpid()}.part", 0
-            for batch in self._batches(job):
+            for batch in self._batches(job, self.model):
                 if not rows:
                     shape = (self.images, *batch.shape[1:])
                     images = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=shape)

@@ -12,7 +12,8 @@ import torch
 
 from tdq_utils import reproduce as module
 from tdq_utils.errors import DataError, TDQError
-from tdq_utils.reproduce import BITS, Job, Table, ptq_jobs, read_rows, reproduce
+from tdq_utils.reproduce import BITS, Job, ptq_jobs, reproduce
+from tdq_utils.results import Table, read_rows
 
 KEY = ("method", "weights", "activations", "repeat", "weights_method", "steps")
 JOBS = [

@@ -1,0 +1,183 @@
+"""A frozen model ready to run: the intervals of all layers in one table, one row of it looked up by t at each call."""
+
+import copy
+
+import torch
+from torch import nn
+
+from tdq_utils.errors import TDQError
+from tdq_utils.layers import SplitQuantizer
+from tdq_utils.quantize import activation_quantizers, checked_state, full_precision, quantized_layers
+from tdq_utils.quantizers import SILU_MIN, DynamicStep, StaticStep, TableStep
+from tdq_utils.sampling import timesteps
+
+
+class Runner(nn.Module):
+    """A copy of a frozen model whose layers read their intervals from one row of one tensor.
+
+    The row is copied into place once a call, by the value of t: the whole cost of an interval that depends on time.
+    No layer knows t or its bits, so that one compiled graph serves every step, and every setting of equal structure.
+
+    Args:
+        model: calibrated and frozen; left as it is. scheduler, steps: what the runner can be sampled with.
+        compiled: run through ``torch.compile`` (most of a minute at the first call, less time at every other).
+
+    Attributes:
+        table: ``"t value quantizer"`` (:func:`interval_table`). now: its row in use, ``"value quantizer"``.
+        net: the copy of the model.
+
+    Raises:
+        TDQError: a model that is not frozen.
+    """
+
+    def __init__(self, model, scheduler, steps, compiled=True):
+        super().__init__()
+        visited = timesteps(scheduler, steps)
+        self.config, self.rows = model.config, {t: row for row, t in enumerate(visited)}
+        self.register_buffer("table", interval_table(model, visited))
+        self.register_buffer("now", self.table[0].clone())
+        self.net = _copy(model, self.now, self.make_layer)
+        if compiled:
+            self.net.compile()
+
+    @staticmethod
+    def make_layer(name, layer, activation):
+        """The layer to run in place of a quantized one: here its twin, with ``activation`` in the place of its quantizer."""
+        return _copy_twin(layer, activation)
+
+    def load(self, model):
+        """Take over the weights and intervals of another frozen model of equal structure, without compiling again."""
+        self.table.copy_(interval_table(model, list(self.rows)))
+        for name, layer in quantized_layers(model).items():
+            self.net.get_submodule(name).rounded.copy_(layer.quantized_weight())
+
+    def forward(self, sample, timestep, **condition):
+        """The model's output. TDQError: several t in a batch, or a t that is not in the table."""
+        timestep = torch.as_tensor(timestep, device=sample.device)  # a number would be compiled into the graph
+        t = timestep.unique().tolist()
+        if len(t) != 1 or int(t[0]) not in self.rows:
+            raise TDQError(
+                f"A runner takes one t a call, one of the {len(self.rows)} it was built for; got t = {t[:3]}. "
+                "Build it with the number of steps to sample, or call the frozen model itself."
+            )
+        self.now.copy_(self.table[self.rows[int(t[0])]])
+        if sample.dim() == 4:  # images of one channel have strides of either format, and every new stride is compiled anew
+            sample = sample.clone(memory_format=torch.channels_last)
+        return self.net(sample, timestep, **condition)
+
+
+def interval_table(model, visited):
+    """What every activation quantizer of a frozen model needs at the time steps ``visited``.
+
+    Returns:
+        Tensor ``"t value quantizer"`` float32 with three values: step size, least and greatest level, counted from the value 0
+        (``x_hat = s * clip(round(x / s), least, greatest)``). Of input-dependent intervals nothing is known before but their
+        number of levels below and above the middle.
+
+    Raises:
+        TDQError: the model is not frozen.
+    """
+    if not checked_state(model).frozen:
+        raise TDQError("A runner takes a frozen model; got one that is not. Call freeze(model, scheduler, steps) first.")
+    columns = [_column(quantizer, visited) for quantizer in activation_quantizers(model).values()]
+    return torch.stack(columns, dim=2) if columns else torch.zeros(len(visited), 3, 0)
+
+
+def _column(quantizer, visited):
+    step, half = quantizer.step, 2.0 ** (quantizer.bits - 1)
+    if isinstance(step, DynamicStep):
+        return torch.tensor([1.0, -half, half - 1]).expand(len(visited), 3)
+    if isinstance(step, TableStep):
+        row = {t: i for i, t in enumerate(step.t.tolist())}
+        if missing := set(visited) - set(row):
+            raise TDQError(f"A runner takes a model frozen for the steps it is sampled with; t = {min(missing)} is missing.")
+        s = step.s[[row[t] for t in visited]]
+    elif isinstance(step, StaticStep):
+        s = step.s.expand(len(visited))
+    else:
+        raise TDQError(f"A runner takes a frozen model; it still has a {type(step).__name__}. Call freeze first.")
+    zero = quantizer.grid.zero(s)
+    return torch.stack([s, quantizer.grid.q_min - zero, quantizer.grid.q_max - zero], dim=1)
+
+
+class RowQuantizer(nn.Module):
+    """Fake-quantizes with the interval in its column of the row in use.
+
+    Args:
+        now: ``"value quantizer"``, the row in use. column: of this quantizer.
+    """
+
+    def __init__(self, now, column):
+        super().__init__()
+        self.now, self.column = now, column
+
+    def interval(self, x):
+        """Step size, least and greatest level, counted from the value 0; they broadcast to ``x``."""
+        return self.now[:, self.column].unbind()
+
+    def forward(self, x, t=None):
+        """Levels times step size, shaped as ``x``."""
+        s, least, greatest = self.interval(x)
+        return torch.clamp(torch.round(x * (1.0 / s)), least, greatest) * s
+
+    def levels(self, x):
+        """``(q, s, zero)``: levels from 0, uint8, shaped as ``x``; step size; level of the value 0, int32."""
+        s, least, greatest = self.interval(x)
+        q = torch.clamp(torch.round(x * (1.0 / s)), least, greatest) - least
+        return q.to(torch.uint8), s, (-least).to(torch.int32)
+
+
+class RangeQuantizer(RowQuantizer):
+    """Fake-quantizes with the min-max interval of the input at hand, on the grid that its range asks for.
+
+    The same as :class:`tdq_utils.quantizers.DynamicStep` with ``Grid.for_range``, without leaving the graph.
+
+    Args:
+        per: ``"tensor"`` or ``"sample"``.
+    """
+
+    def __init__(self, now, column, per):
+        super().__init__(now, column)
+        self.per = per
+
+    def interval(self, x):
+        """Step size, least and greatest level of each sample, or of all."""
+        _, below, above = self.now[:, self.column].unbind()
+        least, greatest = x.reshape(1 if self.per == "tensor" else len(x), -1).aminmax(dim=1)
+        symmetric = (least < SILU_MIN - 1e-3) | ((least < 0) & (greatest < -2 * SILU_MIN))
+        low = torch.where(least < 0, SILU_MIN, 0.0)
+        levels = above - below
+        s = torch.where(symmetric, torch.maximum(least / below, greatest / above), (greatest - low) / levels).clamp_min(1e-8)
+        zero = torch.where(symmetric, -below, torch.minimum((-low / s).round(), levels))
+        return (v.view(-1, *[1] * (x.dim() - 1)) for v in (s, -zero, levels - zero))
+
+
+def _copy(model, now, make_layer):
+    """A copy of the model, without clock, with layers made by ``make_layer`` whose quantizers read ``now``."""
+    readers = {}
+    for column, quantizer in enumerate(activation_quantizers(model).values()):
+        per = getattr(quantizer.step, "per", None)
+        readers[quantizer] = RangeQuantizer(now, column, per) if per else RowQuantizer(now, column)
+    layers = {}
+    for name, layer in quantized_layers(model).items():
+        activation = readers.get(layer.activation)
+        if isinstance(layer.activation, SplitQuantizer):
+            activation = SplitQuantizer(layer.activation.at, [readers[half] for half in layer.activation.halves])
+        layers[name] = make_layer(name, layer, activation)
+    with full_precision(model):
+        spare = {layer: nn.Identity() for layer in checked_state(model).originals.values()}  # their weights are not copied
+        net = copy.deepcopy(model, {id(layer): empty for layer, empty in spare.items()})
+    del net.quantization
+    for name, layer in layers.items():
+        net.set_submodule(name, layer)
+    return net
+
+
+def _copy_twin(layer, activation):
+    """A twin that shares nothing that changes: its rounded weights are its own."""
+    twin = copy.copy(layer)
+    for key, value in layer.__dict__.items():
+        if isinstance(value, dict):
+            twin.__dict__[key] = copy.copy(value)
+    twin.clock, twin.rounded, twin.activation = None, layer.quantized_weight().detach().clone(), activation
+    return twin

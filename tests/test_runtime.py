@@ -1,0 +1,86 @@
+"""A runner gives what the frozen model gives, for every method, and takes over another model without compiling again."""
+
+import pytest
+import torch
+
+from tdq_utils import calibrate, freeze, quantize, restore, sample
+from tdq_utils.errors import TDQError
+from tdq_utils.quantize import METHODS
+from tdq_utils.runtime import Runner
+
+HOW = {"seeds": range(3), "steps": 4, "progress": False}
+
+
+def frozen(model, scheduler, profile, method="table", weights=8, activations=5, **options):
+    quantize(model, weights, activations, method, **options)
+    calibrate(model, scheduler, profile=profile, progress=False, **({"iterations": 3} if method in ("tdq", "learned") else {}))
+    freeze(model, scheduler, 4)
+    return model
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_same_images_as_the_frozen_model(unet, scheduler, profile, method):
+    frozen(unet, scheduler, profile, method)
+    runner = Runner(unet, scheduler, 4, compiled=False)
+    assert torch.equal(sample(runner, scheduler, **HOW), sample(unet, scheduler, **HOW))
+
+
+@pytest.mark.parametrize("bits", [(None, 5), (8, None)])
+def test_weights_or_activations_alone(unet, scheduler, profile, bits):
+    frozen(unet, scheduler, profile, "mse", *bits)
+    runner = Runner(unet, scheduler, 4, compiled=False)
+    assert torch.equal(sample(runner, scheduler, **HOW), sample(unet, scheduler, **HOW))
+
+
+def test_split_skips(unet, scheduler):
+    quantize(unet, 8, 5, "table", split_skips=True)
+    calibrate(unet, scheduler, range(2), 4, progress=False)
+    freeze(unet, scheduler, 4)
+    runner = Runner(unet, scheduler, 4, compiled=False)
+    assert torch.equal(sample(runner, scheduler, **HOW), sample(unet, scheduler, **HOW))
+
+
+def test_the_model_it_was_made_from_is_left_alone(unet, scheduler, profile):
+    x = torch.randn(2, 1, 8, 8)
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    clean = unet(x, 749).sample
+    runner = Runner(frozen(unet, scheduler, profile), scheduler, 4, compiled=False)
+    quantized = runner(x, 749).sample
+    restore(unet)
+    assert torch.equal(unet(x, 749).sample, clean)
+    assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
+    assert torch.equal(runner(x, 749).sample, quantized)  # and the runner does not need it any more
+
+
+def test_one_graph_for_all_steps_bits_and_methods(unet, scheduler, profile):
+    x, counters = torch.randn(2, 1, 8, 8), torch._dynamo.utils.counters["stats"]
+    runner = Runner(frozen(unet, scheduler, profile, "table", 8, 5), scheduler, 4, compiled=False)
+    torch._dynamo.reset()
+    runner.net.compile(backend="eager")  # traced and guarded as for any backend, without the minute it takes
+    counters.clear()
+    runner(x, 999)
+    graphs = counters["unique_graphs"]
+    for method, weights, activations in (("mse", 4, 6), ("tdq", 8, 8)):
+        restore(unet)
+        runner.load(frozen(unet, scheduler, profile, method, weights, activations))
+        for t in (999, 249):
+            assert torch.equal(runner(x, t).sample, unet(x, t).sample)
+    assert graphs > 0
+    assert counters["unique_graphs"] == graphs
+
+
+@pytest.mark.parametrize("t", [500, torch.tensor([999, 749])])
+def test_refuses_a_time_it_was_not_built_for(unet, scheduler, profile, t):
+    runner = Runner(frozen(unet, scheduler, profile), scheduler, 4, compiled=False)
+    with pytest.raises(TDQError, match="takes one t a call, one of the 4"):
+        runner(torch.randn(2, 1, 8, 8), t)
+
+
+def test_refuses_what_is_not_frozen(unet, scheduler, profile):
+    quantize(unet, 8, 5, "table")
+    calibrate(unet, scheduler, profile=profile, progress=False)
+    with pytest.raises(TDQError, match="Call freeze"):
+        Runner(unet, scheduler, 4, compiled=False)
+    freeze(unet, scheduler, 4)
+    with pytest.raises(TDQError, match="frozen for the steps it is sampled with"):
+        Runner(unet, scheduler, 5, compiled=False)

@@ -13,7 +13,7 @@ test: $(READY)  ## lint, unit tests, and every notebook against its stored outpu
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pytest -n 2
-	$(BIN)/pytest --nbval --nbval-current-env notebooks
+	$(BIN)/pytest -n 2 --dist loadfile --nbval --nbval-current-env notebooks
 
 lab: $(READY)  ## JupyterLab on the quickstart
 	$(BIN)/jupyter lab notebooks/00_quickstart.ipynb

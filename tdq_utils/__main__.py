@@ -15,7 +15,7 @@ def demo(args):
 
     source = Path(__file__).resolve().parents[1] / "notebooks" / "00_quickstart.ipynb"
     notebook = nbformat.read(source, as_version=4)
-    print(f"Executing {source} (two to three minutes on two CPU cores) ...", flush=True)
+    print(f"Executing {source} (one to two minutes on two CPU cores) ...", flush=True)
     NotebookClient(notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": source.parent}}).execute()
     for cell in notebook.cells:
         if "headline" in cell.metadata.get("tags", []):
@@ -30,7 +30,7 @@ def train_unet(args):
     """Train the shipped denoiser."""
     from tdq_utils.training import train_unet as train
 
-    folder = train(args.out, args.iterations, args.batch, args.seed, root=args.root, compiled=args.compile, device=args.device)
+    folder = train(args.out, args.iterations, args.batch, args.seed, root=args.root, engine=args.engine, device=args.device)
     print(f"EMA weights: {folder}")
 
 
@@ -90,7 +90,7 @@ def reproduce(args):
     model, scheduler = load_model(args.model, device=state.device if state.device.type == "cuda" else None)
     out = args.out or Path("runs") / (f"{args.table}-quick.csv" if args.quick else f"{args.table}.csv")
     images, steps = args.images or (128 if args.quick else 1000), args.steps or (10 if args.quick else 20)
-    how = dict(batch_size=args.batch_size, features=args.features, cache=args.cache, compiled=args.compile,
+    how = dict(batch_size=args.batch_size, features=args.features, cache=args.cache, engine=args.engine,
                progress=state.is_main_process)  # fmt: skip
     jobs = ptq_jobs(args.quick, steps) if args.table == "ptq" else ablation_jobs()
     table = measure(jobs, model, scheduler, out, images, **how)
@@ -115,12 +115,22 @@ def reproduce(args):
 
 
 def bench(args):
-    """Cost of profiling and of simulated quantization, as ratios to plain sampling."""
-    from tdq_utils.bench import bench, machine
-    from tdq_utils.models import load_model
+    """Cost of profiling, of simulation and of integers, as ratios; time by kind of work; memory."""
+    from tdq_utils import bench, load_model
 
-    print(machine())
-    print(bench(*load_model(args.model), repeats=args.repeats).round(3).to_string(index=False))
+    model, scheduler = load_model(args.model)
+    print(bench.machine())
+    variants = bench.integer_variants(model, scheduler, args.steps)
+    how = dict(images=args.images, steps=args.steps)
+    tables = {"bench.csv": bench.bench_integer(variants, scheduler, repeats=args.repeats, **how)}
+    chosen = {label: variants[label] for label in ("fp32, eager", "fp32, compiled", "int8, static", "int8, TDQ table")}
+    tables["bench_time.csv"] = bench.where_time_goes(chosen, scheduler, **how)
+    tables["bench_memory.csv"] = bench.memory(model, scheduler, variants["int8, static"], **how)
+    tables["bench_eager.csv"] = bench.bench(model, scheduler, repeats=args.repeats, **how)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, table in tables.items():
+        table.assign(machine=bench.machine()).to_csv(args.out / name, index=False, float_format="%.4g")
+        print(f"\n{args.out / name}\n{table.round(3).to_string(index=False)}")
 
 
 def parser():
@@ -182,11 +192,15 @@ def parser():
     sub.add_argument("--steps", type=int, help="sampling steps (default: 20, quick 10)")
     sub.add_argument("--features", default="classifier", help="classifier (FCD) or inception (FID; needs the extra of that name)")
     sub.add_argument("--batch-size", type=int, default=16, help="images at a time; hundreds on a GPU")
-    sub.add_argument("--compile", action="store_true", help="sample through torch.compile (needs a C++ compiler)")
+    sub.add_argument(
+        "--engine", default="eager", help="eager or compiled: simulation; integer: int8 kernels; the last two need g++"
+    )
 
-    sub = command(bench)
+    sub = command(bench, "runs/bench")
     sub.add_argument("--model", default="fashion-mnist", help="short name, folder or hub id")
-    sub.add_argument("--repeats", type=int, default=5, help="timed rounds")
+    sub.add_argument("--repeats", type=int, default=15, help="timed rounds")
+    sub.add_argument("--images", type=int, default=64, help="a batch")
+    sub.add_argument("--steps", type=int, default=5, help="sampling steps of a timed run")
     return top
 
 

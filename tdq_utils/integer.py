@@ -1,4 +1,4 @@
-"""Run a frozen quantized model with integer arithmetic: int8 kernels of oneDNN, reached through torch, on x86 CPUs."""
+"""Run a calibrated model with integer arithmetic: int8 kernels of oneDNN, reached through torch, on x86 CPUs."""
 
 import platform
 import warnings
@@ -8,26 +8,25 @@ import torch
 from torch import nn
 
 from tdq_utils.errors import TDQError
-from tdq_utils.layers import QuantizedConv2d, QuantizedLinear
+from tdq_utils.layers import QuantizedConv2d, QuantizedLinear, weight_levels
 from tdq_utils.quantize import checked_state
 from tdq_utils.runtime import Runner
 
 INT8_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8"}  # instructions that add products of 8 bits in 32 bits
-SAFE_LEVEL = 63  # of 7-bit weights: two products of a weight and a uint8 fit the 16 bits of older instructions
 
 
 class IntegerRunner(Runner):
-    """A copy of a frozen model that multiplies and adds integers.
+    """A copy of a calibrated model that multiplies and adds integers.
 
-    Activations are uint8 with the zero of their grid, weights int8 with a step size for each output channel, sums int32; one packed
-    weight serves every t, because the interval of the activations enters as a number at each call. The layers that
-    quantization left in full precision stay so, and so do norms, activation functions and the attention product.
+    Activations are uint8 with the zero of their grid, weights int8 with a step size for each output channel, sums int32.
+    One packed weight serves every t, because the interval of the activations enters as a number at each call. The layers
+    that quantization left in full precision stay so, and so do norms, activation functions and the attention product.
 
     Args, Attributes, Raises: as :class:`tdq_utils.runtime.Runner`; and
 
     Raises:
-        TDQError: weights or activations are not quantized; halves of inputs are quantized apart; a kind of layer without an integer
-            kernel; a processor that is not x86, or has no instruction for 8-bit sums and weights of 8 bits.
+        TDQError: weights or activations are not quantized; halves of inputs are quantized apart; a kind of layer without an
+            integer kernel; a processor that is not x86, or weights of 8 bits where no instruction adds products of 8 bits.
     """
 
     def __init__(self, model, scheduler, steps, compiled=True):
@@ -48,9 +47,10 @@ class IntegerRunner(Runner):
             raise TDQError(f"There is no integer kernel for {name} ({what}); keep it in full precision: quantize(..., keep=...).")
         return kind(layer, activation)
 
-    def load(self, model):
-        """Take over the weights and intervals of another frozen model of equal structure, without compiling again."""
-        raise NotImplementedError
+    @staticmethod
+    def load_layer(mine, layer):
+        """Give ``mine`` the weights of another quantized layer."""
+        mine.load(layer)
 
 
 def to_integer(model, scheduler, steps, compiled=True):
@@ -70,23 +70,17 @@ def cpu_flags():
 def _check_processor(weight_bits):
     if platform.machine().lower() not in ("x86_64", "amd64"):
         raise TDQError(
-            f"Integer kernels are there for x86-64; this processor is {platform.machine()}. Sample the frozen model: the simulation "
-            "gives the same images."
+            f"Integer kernels are there for x86-64; this processor is {platform.machine()}. Sample the frozen model: the "
+            "simulation gives the same images."
         )
+    # Older instructions add two products in 16 bits: 2 * 255 * 64 fits, 2 * 255 * 128 does not.
     if not INT8_FLAGS & cpu_flags() and weight_bits == 8:
         raise TDQError(
-            f"8-bit weights need one of {', '.join(sorted(INT8_FLAGS))}, or sums saturate; this processor has none. Quantize weights "
-            "to 7 bits or fewer, or sample the frozen model: the simulation."
+            f"8-bit weights need one of {', '.join(sorted(INT8_FLAGS))}, or sums saturate; this processor has none. Quantize "
+            "weights to 7 bits or fewer, or sample the frozen model: the simulation."
         )
     if not INT8_FLAGS & cpu_flags():
         warnings.warn("This processor has no 8-bit dot product: integers are right here, but not faster.", stacklevel=4)
-
-
-def weight_levels(layer):
-    """The integer levels of a quantized layer's weights: int8, shaped as the weights."""
-    if layer.levels is not None:
-        return layer.levels
-    return (layer.quantized_weight().detach() / layer.spread_weight_step()).round().to(torch.int8)
 
 
 class IntegerConv2d(nn.Module):
@@ -94,20 +88,31 @@ class IntegerConv2d(nn.Module):
 
     Args:
         layer: frozen and quantized. quantizer: has ``levels(x)``, as :class:`tdq_utils.runtime.RowQuantizer`.
-        weight: int8 levels, ``"out in/groups height width"``. shape: strides, padding, dilation, groups.
 
     Attributes:
-        packed: weights as the kernel wants them. weight_step: of each output channel.
+        packed: weights as the kernel wants them, one byte each. weight_step: of each output channel.
     """
 
-    def __init__(self, layer, quantizer, weight=None, shape=None):
+    def __init__(self, layer, quantizer):
         super().__init__()
-        self.quantizer, self.shape = quantizer, shape or (layer.stride, layer.padding, layer.dilation, layer.groups)
-        weight = weight_levels(layer) if weight is None else weight
-        self.register_buffer("weight_step", layer.weight_step.detach().expand(len(weight)).clone())
-        self.register_buffer("weight_zero", torch.zeros(len(weight), dtype=torch.int32))
-        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
-        self.packed = torch.ops.onednn.qconv_prepack(weight, self.weight_step, 1.0, 0, *self.shape, None)
+        self.quantizer, self.geometry = quantizer, self.geometry_of(layer)
+        for name in ("weight_step", "weight_zero", "bias"):
+            self.register_buffer(name, None)
+        self.load(layer)
+
+    @staticmethod
+    def geometry_of(layer):
+        """Strides, padding, dilation, groups."""
+        return layer.stride, layer.padding, layer.dilation, layer.groups
+
+    def load(self, layer):
+        """Take the weights of a frozen layer, as levels."""
+        levels = weight_levels(layer)
+        levels = levels if levels.dim() == 4 else levels[:, :, None, None]
+        self.weight_step = layer.weight_step.detach().expand(len(levels)).clone()
+        self.weight_zero = torch.zeros(len(levels), dtype=torch.int32)
+        self.bias = None if layer.bias is None else layer.bias.detach().clone()
+        self.packed = torch.ops.onednn.qconv_prepack(levels, self.weight_step, 1.0, 0, *self.geometry, None)
 
     def forward(self, x):
         """Floats: what the simulated layer gives, but for the last bits of its sums."""
@@ -124,15 +129,20 @@ class IntegerConv2d(nn.Module):
         """uint8 in, float32 out."""
         weight = self.packed, self.weight_step, self.weight_zero
         return torch.ops.onednn.qconv_pointwise.tensor(
-            q, s, zero, *weight, bias, *self.shape, 1.0, 0, torch.float32, "none", [], ""
+            q, s, zero, *weight, bias, *self.geometry, 1.0, 0, torch.float32, "none", [], ""
         )
 
 
 class IntegerLinear(IntegerConv2d):
-    """A matrix product of integers: a convolution over single pixels (torch's compiler takes the other kernel with constants only)."""
+    """A matrix product of integers: a convolution over single pixels.
 
-    def __init__(self, layer, quantizer):
-        super().__init__(layer, quantizer, weight_levels(layer)[:, :, None, None], ([1, 1], [0, 0], [1, 1], 1))
+    The kernel for matrices can be compiled with constant weights only (torch 2.13), this one with any.
+    """
+
+    @staticmethod
+    def geometry_of(layer):
+        """Of a convolution over single pixels."""
+        return [1, 1], [0, 0], [1, 1], 1
 
     def forward(self, x):
         """Floats ``"batch ... out"`` for floats ``"batch ... in"``."""

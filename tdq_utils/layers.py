@@ -79,6 +79,13 @@ TWINS = {
 }
 
 
+def weight_levels(layer):
+    """The integer levels of a quantized layer's weights: int8, shaped as the weights."""
+    if layer.levels is not None:
+        return layer.levels
+    return (layer.quantized_weight().detach() / layer.spread_weight_step()).round().to(torch.int8)
+
+
 class SplitQuantizer(nn.Module):
     """Two activation quantizers for the halves of a concatenated input, which often differ in range (Q-Diffusion).
 

@@ -165,12 +165,14 @@ def histogram_with_grid(profile, layer, t, bits=5, s=None, relative_s=1.0, ax=No
     levels, half = _levels(s, grid), s.item() / 2
     wide = 16  # bins of the profile to a bar
     centres = bin_centres(profile.limit[i, step]).reshape(-1, wide).mean(1)
+    edges = np.linspace(-1, 1, len(centres) + 1) * profile.limit[i, step]
     share = profile.counts[i, step].reshape(-1, wide).sum(1) / profile.counts[i, step].sum()
     outside = (centres < levels[0] - half) | (centres > levels[-1] + half)
     ax = axes_of(ax)
     for mask, colour, label in ((~outside, PALETTE[0], "rounded"), (outside, COLOURS["mse"], "truncated")):
-        width = centres[1] - centres[0]
-        ax.bar(centres[mask], share[mask], width=width, color=colour, label=f"{label}: {share[mask].sum():.1%}", lw=0)
+        # One outline, not a patch a bar: sliders draw ten of these.
+        heights = np.where(mask, share, np.nan)
+        ax.stairs(heights, edges, fill=True, color=colour, label=f"{label}: {share[mask].sum():.1%}", lw=0)
     ax.vlines(levels, 1e-6, 4e-6, color="0.2", lw=1)
     span = profile.greatest[i].max() - profile.least[i].min()
     ax.set(yscale="log", ylim=(1e-6, 1), xlim=(profile.least[i].min() - 0.05 * span, profile.greatest[i].max() + 0.05 * span))

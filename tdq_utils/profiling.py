@@ -96,6 +96,8 @@ class Profile:
     std: np.ndarray
     counts: np.ndarray
     limit: np.ndarray
+    # What best_steps has searched for already: a profile does not change, and calibrators, drift and figures all ask.
+    searched: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def percentile(self, q):
         """The q-th percentile (0..100) of the magnitude, ``"layer step"``, to the width of a bin."""
@@ -187,10 +189,13 @@ class Profile:
         return pd.DataFrame(rows)
 
     def best_steps(self, layer, bits):
-        """MSE-optimal step sizes of a layer: ``(static, per step)``, tensors ``""`` and ``"step"``."""
-        grid, (values, counts) = self.grid(layer, bits), self.values(layer)
-        static = mse_step(values.reshape(1, -1), grid, counts.reshape(1, -1))[0]
-        return static, mse_step(values, grid, counts)
+        """MSE-optimal step sizes of a layer: ``(static, per step)``, tensors ``""`` and ``"step"``; searched for once."""
+        key = self.row(layer), bits
+        if key not in self.searched:
+            grid, (values, counts) = self.grid(layer, bits), self.values(layer)
+            static = mse_step(values.reshape(1, -1), grid, counts.reshape(1, -1))[0]
+            self.searched[key] = static, mse_step(values, grid, counts)
+        return self.searched[key]
 
     def _gain(self, layer, bits):
         grid, (values, counts) = self.grid(layer, bits), self.values(layer)
@@ -200,7 +205,8 @@ class Profile:
 
     def save(self, path):
         """Write the profile as npz (no pickles)."""
-        np.savez_compressed(path, **{**vars(self), "layers": np.array(self.layers, dtype=str)})
+        arrays = {name: value for name, value in vars(self).items() if name != "searched"}
+        np.savez_compressed(path, **{**arrays, "layers": np.array(self.layers, dtype=str)})
 
     @staticmethod
     def load(path):

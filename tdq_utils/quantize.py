@@ -225,7 +225,7 @@ def freeze(model, scheduler, steps=None, nearest=False):
     checked_state(model)
     visited = list(range(scheduler.config.num_train_timesteps)) if steps is None else timesteps(scheduler, steps)
     quantizers = activation_quantizers(model)
-    frozen = {name: _frozen_step(quantizer.step, visited, nearest) for name, quantizer in quantizers.items()}
+    frozen = {name: frozen_step(quantizer.step, visited, nearest) for name, quantizer in quantizers.items()}
     for name, quantizer in quantizers.items():
         quantizer.step = frozen[name]
     round_weights(model)
@@ -239,7 +239,8 @@ def round_weights(model):
     checked_state(model).frozen = True
 
 
-def _frozen_step(step, visited, nearest):
+def frozen_step(step, visited, nearest=False):
+    """What :func:`freeze` puts in the place of one step source: a constant, a table over ``visited``, or itself (dynamic)."""
     if step is None:
         raise TDQError("freeze takes a calibrated model; call calibrate(model, scheduler, ...) first.")
     if isinstance(step, StepGenerator):

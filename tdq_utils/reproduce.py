@@ -18,6 +18,7 @@ from tdq_utils.calibration_set import CalibrationSet
 from tdq_utils.datasets import load_images
 from tdq_utils.errors import TDQError
 from tdq_utils.fid import Distances, feature_extractor
+from tdq_utils.integer import IntegerRunner
 from tdq_utils.models import fingerprint
 from tdq_utils.quantize import DYNAMIC, METHODS, freeze, quantize, restore
 from tdq_utils.results import Table
@@ -28,6 +29,7 @@ BITS = ((8, 8), (8, 6), (8, 5), (8, 4), (4, 8), (4, 5))
 HEADLINE = ((8, 6), (8, 5), (4, 5))  # these get a third repeat
 QUICK_BITS = ((8, 5), (4, 5))
 CALIBRATION = 32  # trajectories
+ENGINES = ("eager", "compiled", "integer")
 SEEDS = 1_000_000  # repeat r samples the seeds from r * SEEDS and calibrates on others of the same million
 
 
@@ -89,7 +91,7 @@ def ptq_jobs(quick=False, steps=20, repeats=2):
     return [replace(job, steps=steps) for job in jobs]
 
 
-def reproduce(jobs, model, scheduler, out, images=1000, batch_size=16, features="classifier", cache=None, compiled=False,
+def reproduce(jobs, model, scheduler, out, images=1000, batch_size=16, features="classifier", cache=None, engine="eager",
               progress=True):  # fmt: skip
     """Measure the jobs that ``out`` does not hold yet.
 
@@ -101,24 +103,29 @@ def reproduce(jobs, model, scheduler, out, images=1000, batch_size=16, features=
         images: a row; at equal seeds in all rows of a repeat. batch_size: as for ``sample``.
         features: ``"classifier"`` (FCD) or ``"inception"`` (FID), as for :class:`tdq_utils.fid.Distances`.
         cache: folder for the full-precision images that rows are paired with; default: beside ``out``.
-        compiled: sample calibrated models through :class:`tdq_utils.runtime.Runner`, compiled once for all rows.
+        engine: what samples the quantized models: ``"eager"``, the simulation; ``"compiled"``, the same through
+            :class:`tdq_utils.runtime.Runner`; ``"integer"``, through :class:`tdq_utils.integer.IntegerRunner` (but
+            simulated where halves of inputs are quantized apart). The last two compile once for all rows.
         progress: show bars.
 
     Returns:
         DataFrame of all rows of the table.
 
     Raises:
-        TDQError: rows in ``out`` with another protocol, no more images than features. DataError: a damaged ``out``.
+        TDQError: rows in ``out`` with another protocol, no more images than features, an unknown engine.
+        DataError: a damaged ``out``.
     """
     state = processes()
     _check_images(images, features)
+    if engine not in ENGINES:
+        raise TDQError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}.")
     table = Table(out, tuple(field.name for field in fields(jobs[0])), state.process_index, state.num_processes)
     protocol = dict(images=images, sampler="DDIM", model=fingerprint(model), features=features)
     done = table.everything()
     _check_protocol(done.values(), protocol, {job.steps for job in jobs}, out)
     # Dealt out before looking at what is done: processes that start seconds apart still agree.
     mine = [job for job in jobs[state.process_index :: state.num_processes] if tuple(asdict(job).values()) not in done]
-    bench = _Bench(model, scheduler, images, batch_size, features, Path(cache or Path(out).parent / "cache"), compiled)
+    bench = _Bench(model, scheduler, images, batch_size, features, Path(cache or Path(out).parent / "cache"), engine)
     bar = tqdm(mine, desc=f"reproduce {Path(out).name}", disable=not progress)
     for job in bar:
         bar.set_postfix_str(f"{job.method} W{job.weights}A{job.activations} #{job.repeat}")
@@ -167,9 +174,9 @@ def _stream(distances, batches, clean):
 class _Bench:
     """Measures one job after the other; keeps what several share."""
 
-    def __init__(self, model, scheduler, images, batch_size, features, cache, compiled):
+    def __init__(self, model, scheduler, images, batch_size, features, cache, engine):
         self.model, self.scheduler, self.images, self.batch_size = model, scheduler, images, batch_size
-        self.features, self.cache, self.compiled = features, cache, compiled
+        self.features, self.cache, self.engine = features, cache, engine
         self.calibrated_on, self.runners = None, {}
 
     def measure(self, job):
@@ -196,7 +203,8 @@ class _Bench:
             "calibration_seconds": round(calibration, 1),
             "seconds": round(time.perf_counter() - start, 1),
             "threads": torch.get_num_threads(),
-            "compiled": self.compiled and job.weights > 0,
+            "batch_size": self.batch_size,
+            "engine": self.engine if job.weights else "eager",
             "device": next(self.model.parameters()).device.type,
             "torch": torch.__version__,
             "diffusers": diffusers.__version__,
@@ -217,12 +225,13 @@ class _Bench:
                   progress=False, **job.options)  # fmt: skip
 
     def _runner(self, job):
-        """What samples the frozen model: itself, or a compiled graph that all models of its structure share."""
-        if not self.compiled:
+        """What samples the calibrated model: itself, or a compiled graph that all models of its structure share."""
+        if self.engine == "eager":
             return self.model
-        structure = job.steps, DYNAMIC.get(job.method), *job.quantization.items()
+        kind = Runner if self.engine == "compiled" or job.quantization.get("split_skips") else IntegerRunner
+        structure = kind, job.steps, DYNAMIC.get(job.method), *job.quantization.items()
         if structure not in self.runners:
-            self.runners[structure] = Runner(self.model, self.scheduler, job.steps)
+            self.runners[structure] = kind(self.model, self.scheduler, job.steps)
         self.runners[structure].load(self.model)
         return self.runners[structure]
 

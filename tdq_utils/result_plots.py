@@ -68,3 +68,25 @@ def _panel(ax, rows, measure, methods):
         ax.errorbar(shifted, by["mean"], spread, color=plots.COLOURS[method], marker=MARKERS[method], ms=5, lw=1.4,
                     label=NAMES[method])  # fmt: skip
     ax.set_xticks(sorted(rows.activations.unique()))
+
+
+def time_bars(table, title=None):
+    """Where the time goes: a stacked bar a variant, a colour a kind of work (:func:`tdq_utils.bench.where_time_goes`)."""
+    wide = table.pivot(index="variant", columns="kind", values="seconds").loc[table.variant.unique(), table.kind.unique()]
+    ax = plots.axes_of(None, 8, 0.5 * len(wide) + 1.2)
+    wide.iloc[::-1].plot.barh(stacked=True, ax=ax, color=[plots.PALETTE[i] for i in (0, 2, 1)], width=0.7)
+    ax.set(xlabel="seconds for the batch", ylabel="", title=title or "")
+    ax.legend(title="", fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return ax.figure
+
+
+def ratio_bars(table, baseline, title=None):
+    """Time of each variant over that of ``baseline`` in the same round; whiskers from the least to the greatest round."""
+    rows = table[table.baseline == baseline].iloc[::-1]
+    ax = plots.axes_of(None, 7, 0.4 * len(rows) + 1)
+    spread = [rows.ratio - rows.ratio_min, rows.ratio_max - rows.ratio]
+    ax.barh(rows.variant, rows.ratio, xerr=spread, color=plots.PALETTE[0], ecolor="0.3", capsize=3, height=0.65)
+    ax.axvline(1, color="0.35", ls="--", lw=1)
+    ax.set(xlabel=f"time / time of {baseline} (less is faster)", title=title or "")
+    ax.grid(axis="y", visible=False)
+    return ax.figure

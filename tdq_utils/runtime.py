@@ -1,4 +1,4 @@
-"""A frozen model ready to run: the intervals of all layers in one table, one row of it looked up by t at each call."""
+"""A calibrated model ready to run: the intervals of all layers in one table, one row of it looked up by t at each call."""
 
 import copy
 
@@ -7,19 +7,62 @@ from torch import nn
 
 from tdq_utils.errors import TDQError
 from tdq_utils.layers import SplitQuantizer
-from tdq_utils.quantize import activation_quantizers, checked_state, full_precision, quantized_layers
-from tdq_utils.quantizers import SILU_MIN, DynamicStep, StaticStep, TableStep
+from tdq_utils.quantize import activation_quantizers, checked_state, frozen_step, full_precision, quantized_layers
+from tdq_utils.quantizers import SILU_MIN, DynamicStep, StaticStep
 from tdq_utils.sampling import timesteps
 
 
-class Runner(nn.Module):
-    """A copy of a frozen model whose layers read their intervals from one row of one tensor.
+class Compiled(nn.Module):
+    """A model through ``torch.compile``, sampled like the model itself.
+
+    Args:
+        net: the model; it becomes a part of this one and is changed. compiled: or not, to compare.
+    """
+
+    def __init__(self, net, compiled=True):
+        super().__init__()
+        self.net, self.config, self.compiled = net, net.config, compiled
+        if compiled:
+            for layer in net.modules():
+                if type(layer) is nn.GroupNorm:
+                    layer.__class__ = ChannelwiseGroupNorm
+            net.compile()
+
+    def forward(self, sample, timestep, **condition):
+        """The model's output."""
+        timestep = torch.as_tensor(timestep, device=sample.device)  # a number would be compiled into the graph
+        if self.compiled and sample.dim() == 4:  # every new stride is compiled anew, and one channel has strides of two formats
+            sample = sample.clone(memory_format=torch.channels_last)
+        return self.net(sample, timestep, **condition)
+
+
+class ChannelwiseGroupNorm(nn.GroupNorm):
+    """A group norm that reduces each channel before it joins those of a group: the same but for last bits.
+
+    Groups of three channels, as after a concatenation, defeat the vectorization of torch's compiler: two such norms took a
+    quarter of the shipped model's time in integers.
+    """
+
+    def forward(self, x):
+        """Normalized, scaled and shifted, shaped as ``x``."""
+        var, mean = torch.var_mean(x, dim=tuple(range(2, x.dim())), correction=0)
+        means = mean.view(len(x), self.num_groups, -1)
+        between, mean = torch.var_mean(means, dim=2, correction=0, keepdim=True)
+        var = var.view_as(means).mean(2, keepdim=True) + between
+        scale = (self.weight.view(self.num_groups, -1) * (var + self.eps).rsqrt()).flatten(1)
+        shift = self.bias - (mean * scale.view_as(means)).flatten(1)
+        wide = (*x.shape[:2], *[1] * (x.dim() - 2))
+        return x * scale.view(wide) + shift.view(wide)
+
+
+class Runner(Compiled):
+    """A copy of a calibrated model, frozen, whose layers read their intervals from one row of one tensor.
 
     The row is copied into place once a call, by the value of t: the whole cost of an interval that depends on time.
     No layer knows t or its bits, so that one compiled graph serves every step, and every setting of equal structure.
 
     Args:
-        model: calibrated and frozen; left as it is. scheduler, steps: what the runner can be sampled with.
+        model: calibrated, frozen or not; left as it is. scheduler, steps: what the runner can be sampled with.
         compiled: run through ``torch.compile`` (most of a minute at the first call, less time at every other).
 
     Attributes:
@@ -27,18 +70,17 @@ class Runner(nn.Module):
         net: the copy of the model.
 
     Raises:
-        TDQError: a model that is not frozen.
+        TDQError: a model that is not quantized and calibrated, or calibrated per step at other steps.
     """
 
     def __init__(self, model, scheduler, steps, compiled=True):
-        super().__init__()
         visited = timesteps(scheduler, steps)
-        self.config, self.rows = model.config, {t: row for row, t in enumerate(visited)}
-        self.register_buffer("table", interval_table(model, visited))
-        self.register_buffer("now", self.table[0].clone())
-        self.net = _copy(model, self.now, self.make_layer)
-        if compiled:
-            self.net.compile()
+        table = interval_table(model, visited)
+        now = table[0].clone()
+        super().__init__(_copy(model, now, self.make_layer), compiled)
+        self.rows, self._moves = {t: row for row, t in enumerate(visited)}, None  # whether it moves is not known yet
+        self.register_buffer("table", table)
+        self.register_buffer("now", now)
 
     @staticmethod
     def make_layer(name, layer, activation):
@@ -46,28 +88,44 @@ class Runner(nn.Module):
         return _copy_twin(layer, activation)
 
     def load(self, model):
-        """Take over the weights and intervals of another frozen model of equal structure, without compiling again."""
+        """Take over the weights and intervals of another calibrated model of equal structure, without compiling again."""
         self.table.copy_(interval_table(model, list(self.rows)))
+        self.now.copy_(self.table[0])
+        self._moves = None
         for name, layer in quantized_layers(model).items():
-            self.net.get_submodule(name).rounded.copy_(layer.quantized_weight())
+            self.load_layer(self.net.get_submodule(name), layer)
+
+    @staticmethod
+    def load_layer(mine, layer):
+        """Give ``mine``, which :meth:`make_layer` made, the weights of another quantized layer."""
+        mine.rounded.copy_(layer.quantized_weight())
 
     def forward(self, sample, timestep, **condition):
         """The model's output. TDQError: several t in a batch, or a t that is not in the table."""
-        timestep = torch.as_tensor(timestep, device=sample.device)  # a number would be compiled into the graph
-        t = timestep.unique().tolist()
-        if len(t) != 1 or int(t[0]) not in self.rows:
-            raise TDQError(
-                f"A runner takes one t a call, one of the {len(self.rows)} it was built for; got t = {t[:3]}. "
-                "Build it with the number of steps to sample, or call the frozen model itself."
-            )
-        self.now.copy_(self.table[self.rows[int(t[0])]])
-        if sample.dim() == 4:  # images of one channel have strides of either format, and every new stride is compiled anew
-            sample = sample.clone(memory_format=torch.channels_last)
-        return self.net(sample, timestep, **condition)
+        if self.moves:
+            self.now.copy_(self.row(torch.as_tensor(timestep)))
+        return super().forward(sample, timestep, **condition)
+
+    @property
+    def moves(self):
+        """Whether any interval depends on t; if none does, nothing is looked up."""
+        if self._moves is None:
+            self._moves = not torch.equal(self.table, self.table[:1].expand_as(self.table))
+        return self._moves
+
+    def row(self, timestep):
+        """The row of the table, ``"value quantizer"``, of a call's time steps."""
+        t = timestep.flatten()
+        if bool((t == t[0]).all()) and int(t[0]) in self.rows:
+            return self.table[self.rows[int(t[0])]]
+        raise TDQError(
+            f"A runner takes one t a call, one of the {len(self.rows)} it was built for; got t = {t.unique().tolist()[:3]}. "
+            "Build it with the number of steps to sample, or call the frozen model itself."
+        )
 
 
 def interval_table(model, visited):
-    """What every activation quantizer of a frozen model needs at the time steps ``visited``.
+    """What every activation quantizer of a calibrated model needs at the time steps ``visited``.
 
     Returns:
         Tensor ``"t value quantizer"`` float32 with three values: step size, least and greatest level, counted from the value 0
@@ -75,27 +133,17 @@ def interval_table(model, visited):
         number of levels below and above the middle.
 
     Raises:
-        TDQError: the model is not frozen.
+        TDQError: the model is not calibrated, or calibrated per step at other steps.
     """
-    if not checked_state(model).frozen:
-        raise TDQError("A runner takes a frozen model; got one that is not. Call freeze(model, scheduler, steps) first.")
     columns = [_column(quantizer, visited) for quantizer in activation_quantizers(model).values()]
     return torch.stack(columns, dim=2) if columns else torch.zeros(len(visited), 3, 0)
 
 
 def _column(quantizer, visited):
-    step, half = quantizer.step, 2.0 ** (quantizer.bits - 1)
+    step, half = frozen_step(quantizer.step, visited), 2.0 ** (quantizer.bits - 1)
     if isinstance(step, DynamicStep):
         return torch.tensor([1.0, -half, half - 1]).expand(len(visited), 3)
-    if isinstance(step, TableStep):
-        row = {t: i for i, t in enumerate(step.t.tolist())}
-        if missing := set(visited) - set(row):
-            raise TDQError(f"A runner takes a model frozen for the steps it is sampled with; t = {min(missing)} is missing.")
-        s = step.s[[row[t] for t in visited]]
-    elif isinstance(step, StaticStep):
-        s = step.s.expand(len(visited))
-    else:
-        raise TDQError(f"A runner takes a frozen model; it still has a {type(step).__name__}. Call freeze first.")
+    s = step.s.expand(len(visited)) if isinstance(step, StaticStep) else step.s[torch.searchsorted(step.t, torch.tensor(visited))]
     zero = quantizer.grid.zero(s)
     return torch.stack([s, quantizer.grid.q_min - zero, quantizer.grid.q_max - zero], dim=1)
 

@@ -3,10 +3,13 @@
 import re
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import nbformat
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+from nbval.plugin import IPyNbFile, coalesce_streams
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -18,11 +21,6 @@ def read(path):
 
 def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
-
-
-def nbval(path):
-    command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "-p", "no:cacheprovider", "-q", str(path)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=path.parent)
 
 
 def test_there_are_notebooks():
@@ -65,30 +63,36 @@ def test_every_panel_has_a_static_twin(path):
 
 
 @each_notebook
-def test_nbval_notices_a_changed_number(path, tmp_path):
-    """One stored digit is changed in a copy that ends right after it: that cell must fail, and no other.
+def test_nbval_notices_any_changed_digit(path, request):
+    """By nbval's own comparison of every cell: it takes what is stored, and refuses it with any one printed digit changed.
 
-    (That the unchanged notebook passes is what ``make test`` itself shows.)
+    (That the notebook, run again, prints what is stored is what ``make test`` itself shows.)
     """
-    notebook, number = read(path), re.compile(r"\d")
-    compared = [
-        (end, output)
-        for end, cell in enumerate(notebook.cells, start=1)
-        if cell.cell_type == "code" and "nbval-ignore-output" not in cell.metadata.get("tags", [])
-        for output in cell.outputs
-        if number.search(output.get("text", ""))
-    ]
-    assert compared, "the notebook prints no number that is compared"
-    end, output = compared[0]
-    notebook.cells = notebook.cells[:end]
-    for cell in notebook.cells:  # tests run two at a time, and four threads on two cores wait for each other
-        cell.source = cell.source.replace("set_num_threads(2)", "set_num_threads(1)")
-    output.text = number.sub(lambda digit: str((int(digit[0]) + 1) % 10), output.text, count=1)
-    nbformat.write(notebook, tmp_path / "corrupted.ipynb")
-    result = nbval(tmp_path / "corrupted.ipynb")
+    changes = 0
+    for item in IPyNbFile.from_parent(request.session, path=path).collect():
+        if not item.options["check"] or item.options["skip"]:
+            continue
+        stored = coalesce_streams(item.cell.outputs)
+        assert item.compare_outputs(stored, stored)
+        for i, output in enumerate(stored):
+            for digit in re.finditer(r"\d", output.get("text", "")):
+                changed, at = deepcopy(stored), digit.start()
+                changed[i].text = f"{output.text[:at]}{(int(digit[0]) + 1) % 10}{output.text[at + 1 :]}"
+                assert not item.compare_outputs(changed, stored)
+                changes += 1
+    assert changes, "the notebook prints no number that is compared"
+
+
+def test_nbval_fails_on_a_changed_digit(tmp_path):
+    """The command of ``make test`` itself, on a notebook of two cells: the one that stores a wrong number fails, no other."""
+    cells = [new_code_cell(f"print({n})", outputs=[new_output("stream", text=f"{n}\n")], execution_count=n) for n in (1, 2)]
+    cells[1].outputs[0].text = "3\n"
+    nbformat.write(new_notebook(cells=cells), tmp_path / "corrupted.ipynb")
+    command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "-p", "no:cacheprovider", "corrupted.ipynb"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 1
     assert "mismatch" in result.stdout
-    assert "1 failed" in result.stdout
+    assert "1 failed, 1 passed" in result.stdout
 
 
 def test_kernels_have_no_network():

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -193,6 +194,16 @@ def test_gain_is_what_an_interval_per_step_saves(drifting):
     static, per_step = profile.best_steps("layer", bits=4)
     assert static == pytest.approx(per_step[0].item(), rel=0.05)
     assert per_step[1] == pytest.approx(per_step[0].item() / 1000, rel=0.05)
+
+
+def test_best_steps_are_searched_once_for_each_layer_and_bits(drifting):
+    profile = drifting(layer=[1, 2], other=[3, 1])
+    asked = [("layer", 4), ("other", 4), ("layer", 5)]
+    found = [profile.best_steps(*one) for one in asked]
+    assert profile.best_steps(0, 4) is found[0]
+    for one, steps in zip(asked, found, strict=True):
+        afresh = replace(profile).best_steps(*one)
+        assert afresh is not steps and all(torch.equal(a, b) for a, b in zip(afresh, steps, strict=True))
 
 
 def test_drift_at_a_single_step(drifting):

@@ -52,7 +52,8 @@ def test_full_precision_blocks_have_no_error(unet, data):
     assert error(unet, data, _block_error) == error(unet, data, _noise_error) == 0
 
 
-def test_blocks_work_on_every_model(denoiser, scheduler):
+def test_blocks_work_on_every_model(denoiser, scheduler, monkeypatch):
+    monkeypatch.setattr(refine, "__defaults__", ("block", 3, *refine.__defaults__[2:]))  # target, iterations
     model, condition = denoiser
     data = CalibrationSet.collect(model, scheduler, range(3), steps=2, condition=condition, progress=False)
     quantize(model, 8, 4, "tdq")

@@ -50,3 +50,21 @@ def test_a_line_a_method_a_panel_a_width(table):
 def test_only_the_wanted_methods(table):
     fig = result_plots.quality_against_bits(table, methods=["tdq"], title="title")
     assert [container.get_label() for container in fig.axes[0].containers] == ["TDQ"]
+
+
+def test_time_is_stacked_to_the_whole():
+    rows = [dict(variant=v, kind=k, seconds=s) for v, s in (("floats", 2.0), ("integers", 0.5)) for k in ("conv", "rest")]
+    ax = result_plots.time_bars(pd.DataFrame(rows), title="A").axes[0]
+    ends = {round(patch.get_x() + patch.get_width(), 6) for patch in ax.patches}
+    assert ends == {2.0, 4.0, 0.5, 1.0}
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["integers", "floats"]  # the first on top
+
+
+def test_ratios_to_the_chosen_baseline():
+    rows = [
+        dict(variant=v, baseline=b, ratio=r, ratio_min=r / 2, ratio_max=2 * r)
+        for b, v, r in (("floats", "floats", 1.0), ("floats", "integers", 0.4), ("integers", "integers", 1.0))
+    ]
+    ax = result_plots.ratio_bars(pd.DataFrame(rows), "floats").axes[0]
+    assert [patch.get_width() for patch in ax.patches] == [0.4, 1.0]
+    assert "floats" in ax.get_xlabel()

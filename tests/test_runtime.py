@@ -6,7 +6,7 @@ import torch
 from tdq_utils import calibrate, freeze, quantize, restore, sample
 from tdq_utils.errors import TDQError
 from tdq_utils.quantize import METHODS
-from tdq_utils.runtime import Runner
+from tdq_utils.runtime import ChannelwiseGroupNorm, Runner
 
 HOW = {"seeds": range(3), "steps": 4, "progress": False}
 
@@ -69,6 +69,17 @@ def test_one_graph_for_all_steps_bits_and_methods(unet, scheduler, profile):
     assert counters["unique_graphs"] == graphs
 
 
+@pytest.mark.parametrize("shape", [(2, 12, 5, 7), (3, 12, 6)])
+def test_channelwise_group_norm_is_group_norm(shape):
+    norm = torch.nn.GroupNorm(4, 12, eps=1e-3).requires_grad_(False)
+    norm.weight.normal_()
+    norm.bias.normal_()
+    x = 3 * torch.randn(shape) + torch.randn(12, *[1] * (len(shape) - 2))
+    expected = norm(x)
+    norm.__class__ = ChannelwiseGroupNorm
+    torch.testing.assert_close(norm(x), expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("t", [500, torch.tensor([999, 749])])
 def test_refuses_a_time_it_was_not_built_for(unet, scheduler, profile, t):
     runner = Runner(frozen(unet, scheduler, profile), scheduler, 4, compiled=False)
@@ -76,11 +87,20 @@ def test_refuses_a_time_it_was_not_built_for(unet, scheduler, profile, t):
         runner(torch.randn(2, 1, 8, 8), t)
 
 
-def test_refuses_what_is_not_frozen(unet, scheduler, profile):
-    quantize(unet, 8, 5, "table")
-    calibrate(unet, scheduler, profile=profile, progress=False)
-    with pytest.raises(TDQError, match="Call freeze"):
-        Runner(unet, scheduler, 4, compiled=False)
+def test_freezes_what_is_not_frozen(unet, scheduler, profile):
+    quantize(unet, 8, 5, "tdq")
+    calibrate(unet, scheduler, profile=profile, progress=False, iterations=3)
+    images = sample(Runner(unet, scheduler, 4, compiled=False), scheduler, **HOW)
     freeze(unet, scheduler, 4)
-    with pytest.raises(TDQError, match="frozen for the steps it is sampled with"):
+    assert torch.equal(images, sample(unet, scheduler, **HOW))
+
+
+def test_refuses_what_is_not_calibrated(unet, scheduler, profile):
+    with pytest.raises(TDQError, match="must be quantized"):
+        Runner(unet, scheduler, 4, compiled=False)
+    quantize(unet, 8, 5, "table")
+    with pytest.raises(TDQError, match="calibrated model"):
+        Runner(unet, scheduler, 4, compiled=False)
+    calibrate(unet, scheduler, profile=profile, progress=False)
+    with pytest.raises(TDQError, match="calibrated for"):
         Runner(unet, scheduler, 5, compiled=False)

@@ -8,6 +8,7 @@ import torch
 from tdq_utils import calibrate, freeze, load_quantized, quantize, sample, save_quantized
 from tdq_utils.errors import DataError, TDQError
 from tdq_utils.quantize import METHODS, quantized_layers
+from tdq_utils.storage import pack, unpack
 from tdq_utils.temporal import RawTime
 
 CHANNELS_LAST = [(method, frozen, torch.channels_last) for method in METHODS for frozen in (False, True)]
@@ -123,3 +124,32 @@ def test_weights_of_another_model_are_noticed(calibrated, tmp_path):
     (tmp_path / "b" / "model.safetensors").replace(tmp_path / "a" / "model.safetensors")
     with pytest.raises(DataError, match="sha256 of model.safetensors must be .* copy both files again"):
         load_quantized(tmp_path / "a")
+
+
+@pytest.mark.parametrize("weights", [8, 5, 4, 2])
+@pytest.mark.parametrize("options", [{}, {"split_skips": True}, {"weights_per": "tensor"}], ids=str)
+def test_packed_weights_give_the_same_outputs(unet, scheduler, tmp_path, weights, options):
+    quantize(unet, weights, 8, "mse", **options)
+    calibrate(unet, scheduler, range(2), 4, progress=False)
+    freeze(unet, scheduler, steps=4)
+    save_quantized(unet, tmp_path, packed=True)
+    loaded = load_quantized(tmp_path)
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(loaded(x, 749).sample, unet(x, 749).sample)
+    save_quantized(loaded, tmp_path / "again", packed=True)  # and they are on the grid for good
+    assert torch.equal(load_quantized(tmp_path / "again")(x, 749).sample, unet(x, 749).sample)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("shape", [(3, 5), (4, 2, 3, 3), (1,)], ids=str)
+def test_packing_is_exact(bits, shape):
+    levels = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), shape).to(torch.int8)
+    packed = pack(levels, bits)
+    assert torch.equal(unpack(packed, levels.shape), levels)
+    assert packed.numel() == (levels.numel() if bits > 4 else -(-levels.numel() // 2))
+
+
+def test_weights_in_full_precision_cannot_be_packed(unet, tmp_path):
+    quantize(unet, None, 8, "dynamic")
+    with pytest.raises(TDQError, match="packed needs weights on a grid"):
+        save_quantized(unet, tmp_path, packed=True)

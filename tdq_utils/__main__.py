@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from tdq_utils.errors import TDQError
@@ -83,6 +84,7 @@ def reproduce(args):
     """Measure a table of the paper; a row that is there already is not measured again."""
     from tdq_utils.ablations import ablation_jobs
     from tdq_utils.models import load_model
+    from tdq_utils.qat import qat_jobs
     from tdq_utils.reproduce import processes, ptq_jobs
     from tdq_utils.reproduce import reproduce as measure
 
@@ -92,7 +94,8 @@ def reproduce(args):
     images, steps = args.images or (128 if args.quick else 1000), args.steps or (10 if args.quick else 20)
     how = dict(batch_size=args.batch_size, features=args.features, cache=args.cache, engine=args.engine,
                progress=state.is_main_process)  # fmt: skip
-    jobs = ptq_jobs(args.quick, steps) if args.table == "ptq" else ablation_jobs()
+    jobs = {"ptq": partial(ptq_jobs, args.quick, steps), "qat": partial(qat_jobs, args.quick, steps), "ablations": ablation_jobs}
+    jobs = jobs[args.table]()
     table = measure(jobs, model, scheduler, out, images, **how)
     if state.is_main_process:
         columns = [
@@ -183,11 +186,11 @@ def parser():
     sub.add_argument("--weights-method", help="adaround: learn how each weight is rounded (default: to the nearest level)")
 
     sub = command(reproduce)
-    sub.add_argument("table", choices=["ptq", "ablations"], help="ptq: post-training quantization; ablations: of TDQ")
+    sub.add_argument("table", choices=["ptq", "qat", "ablations"], help="post-training quantization; training; ablations of TDQ")
     sub.add_argument("--model", default="fashion-mnist", help="short name, folder or hub id")
     sub.add_argument("--out", type=Path, help="CSV, resumed if there (default: runs/TABLE.csv)")
     sub.add_argument("--cache", type=Path, help="folder for full-precision images (default: beside the CSV)")
-    sub.add_argument("--quick", action="store_true", help="W8A5 and W4A5 once, 128 images, 10 steps: minutes")
+    sub.add_argument("--quick", action="store_true", help="few bits, once, 128 images, 10 steps: minutes")
     sub.add_argument("--images", type=int, help="a row (default: 1000, quick 128)")
     sub.add_argument("--steps", type=int, help="sampling steps (default: 20, quick 10)")
     sub.add_argument("--features", default="classifier", help="classifier (FCD) or inception (FID; needs the extra of that name)")

@@ -4,6 +4,7 @@ import copy
 import platform
 import time
 from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 
 from tdq_utils.calibration import calibrate
+from tdq_utils.errors import TDQError
+from tdq_utils.export import OnnxModel, export_float, export_onnx
 from tdq_utils.integer import IntegerRunner, to_integer
 from tdq_utils.memory import sizes
 from tdq_utils.profiling import profile_activations
@@ -141,10 +144,24 @@ def integer_variants(model, scheduler, steps):
         freeze(model, scheduler, steps)
         variants["simulated, TDQ table, eager"] = copy.deepcopy(model)
         variants["simulated, TDQ table, compiled"] = Runner(model, scheduler, steps)
+        variants |= _peers(model, scheduler, steps)
     for method, label in (("dynamic", "tensor"), ("dynamic-sample", "sample")):
         with _calibrated(model, scheduler, method, steps):
             variants[f"int8, dynamic per {label}"] = to_integer(model, scheduler, steps)
     return variants
+
+
+def _peers(model, scheduler, steps):
+    """The same model run by onnxruntime, if that is installed."""
+    with TemporaryDirectory() as folder:
+        try:
+            export_float(model, f"{folder}/float.onnx")
+            export_onnx(model, scheduler, steps, f"{folder}/integer.onnx")
+            return {f"onnxruntime, {kind}": OnnxModel(f"{folder}/{file}.onnx") for kind, file in
+                    (("fp32", "float"), ("int8, TDQ table", "integer"))}  # fmt: skip
+        except TDQError as error:
+            print(f"Without onnxruntime: {error}")
+            return {}
 
 
 def bench_integer(variants, scheduler, images=64, steps=5, repeats=15, progress=True):

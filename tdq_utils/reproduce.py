@@ -1,5 +1,6 @@
 """The paper's tables, measured here: a grid of settings -> a CSV that grows by a row at a time and survives a kill."""
 
+import copy
 import os
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -22,7 +23,7 @@ from tdq_utils.integer import IntegerRunner
 from tdq_utils.models import fingerprint
 from tdq_utils.quantize import DYNAMIC, METHODS, freeze, quantize, restore
 from tdq_utils.results import Table
-from tdq_utils.runtime import Runner
+from tdq_utils.runtime import Compiled, Runner
 from tdq_utils.sampling import sample_batches
 
 BITS = ((8, 8), (8, 6), (8, 5), (8, 4), (4, 8), (4, 5))
@@ -69,6 +70,20 @@ class Job:
     def transfers(self):
         """Whether a table meets steps that it was not calibrated for."""
         return False
+
+    def prepare(self, model, scheduler, data, profile, folder):
+        """Quantize and calibrate the model, in place.
+
+        Args:
+            data, profile: what calibration sees. folder: for what a long preparation keeps to go on from.
+
+        Returns:
+            Further columns of the row.
+        """
+        quantize(model, self.weights or None, self.activations or None, self.method, **self.quantization)
+        weights_method = "adaround" if self.weights_method == "adaround" else None
+        calibrate(model, scheduler, data=data, profile=profile, weights_method=weights_method, progress=False, **self.options)
+        return {}
 
 
 def ptq_jobs(quick=False, steps=20, repeats=2):
@@ -177,29 +192,32 @@ class _Bench:
     def __init__(self, model, scheduler, images, batch_size, features, cache, engine):
         self.model, self.scheduler, self.images, self.batch_size = model, scheduler, images, batch_size
         self.features, self.cache, self.engine = features, cache, engine
-        self.calibrated_on, self.runners = None, {}
+        self.calibrated_on, self.runners, self.compiled = None, {}, None
 
     def measure(self, job):
         """The measured columns of a job's row."""
-        distances, start, calibration = Distances(self.features), time.perf_counter(), 0.0
+        distances, start, calibration, further = Distances(self.features), time.perf_counter(), 0.0, {}
         clean = None if job.method == "real images" else self._clean(job)
         if clean is None:
             self._real(job, distances)
         elif job.method == "full precision":
             _stream(distances, (torch.from_numpy(part.copy()) for part in _parts(clean)), clean)
         else:
-            quantize(self.model, job.weights or None, job.activations or None, job.method, **job.quantization)
             try:
-                self._calibrate(job)
+                data, profile = self._calibration(job)
+                folder = self.cache / "-".join(map(str, asdict(job).values()))
+                further = job.prepare(self.model, self.scheduler, data, profile, folder)
                 calibration = time.perf_counter() - start
                 freeze(self.model, self.scheduler, job.steps, nearest=job.transfers)
                 _stream(distances, self._batches(job, self._runner(job)), clean)
             finally:
-                restore(self.model)
+                if hasattr(self.model, "quantization"):
+                    restore(self.model)
         found = distances.compute()
         return {
             **{name: found.get(name, np.nan) for name in (distances.frechet, "kid", "kid_se", "inception_score")},
             **{name: found.get(name, np.nan) for name in ("mse", "mse_se", "psnr")},
+            **further,
             "calibration_seconds": round(calibration, 1),
             "seconds": round(time.perf_counter() - start, 1),
             "threads": torch.get_num_threads(),
@@ -210,8 +228,8 @@ class _Bench:
             "diffusers": diffusers.__version__,
         }
 
-    def _calibrate(self, job):
-        """All methods of a repeat see the same data and the same profile."""
+    def _calibration(self, job):
+        """``(data, profile)``: all methods of a repeat see the same."""
         trajectories, steps = job.calibration
         source = job.repeat, trajectories, steps, *job.quantization.items()
         if self.calibrated_on != source:
@@ -220,13 +238,11 @@ class _Bench:
             self.data = CalibrationSet.collect(self.model, self.scheduler, range(first, first + trajectories), steps, **how)
             self.profile = profile_set(self.model, self.data, self.batch_size)
             self.calibrated_on = source
-        weights_method = "adaround" if job.weights_method == "adaround" else None
-        calibrate(self.model, self.scheduler, data=self.data, profile=self.profile, weights_method=weights_method,
-                  progress=False, **job.options)  # fmt: skip
+        return self.data, self.profile
 
     def _runner(self, job):
         """What samples the calibrated model: itself, or a compiled graph that all models of its structure share."""
-        if self.engine == "eager":
+        if self.engine == "eager" or not job.weights:
             return self.model
         kind = Runner if self.engine == "compiled" or job.quantization.get("split_skips") else IntegerRunner
         structure = kind, job.steps, DYNAMIC.get(job.method), *job.quantization.items()
@@ -234,6 +250,14 @@ class _Bench:
             self.runners[structure] = kind(self.model, self.scheduler, job.steps)
         self.runners[structure].load(self.model)
         return self.runners[structure]
+
+    def _plain(self):
+        """What samples the full-precision model."""
+        if self.engine == "eager":
+            return self.model
+        if self.compiled is None:
+            self.compiled = Compiled(copy.deepcopy(self.model))
+        return self.compiled
 
     def _batches(self, job, model):
         seeds = range(job.repeat * SEEDS, job.repeat * SEEDS + self.images)
@@ -246,7 +270,7 @@ class _Bench:
         path = self.cache / f"{name}.npy"
         if not path.exists():
             part, rows = self.cache / f"{name}.{os.getpid()}.part", 0
-            for batch in self._batches(job, self.model):
+            for batch in self._batches(job, self._plain()):
                 if not rows:
                     shape = (self.images, *batch.shape[1:])
                     images = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=shape)

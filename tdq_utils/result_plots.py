@@ -90,3 +90,47 @@ def ratio_bars(table, baseline, title=None):
     ax.set(xlabel=f"time / time of {baseline} (less is faster)", title=title or "")
     ax.grid(axis="y", visible=False)
     return ax.figure
+
+
+def variant_bars(table, question, measure="fcd", title=None):
+    """One question of the ablation table: a bar a variant, a colour a method; whiskers from least to greatest repeat.
+
+    Args:
+        table: rows of :func:`tdq_utils.ablations.ablation_jobs`. question: of ``VARIANTS``. measure: as above.
+    """
+    rows = table[table.question == question]
+    variants, methods = list(dict.fromkeys(rows.variant)), list(dict.fromkeys(rows.method))
+    ax, height = plots.axes_of(None, 7, 0.45 * len(variants) * len(methods) ** 0.6 + 1), 0.8 / len(methods)
+    for i, method in enumerate(methods):
+        by = rows[rows.method == method].groupby("variant")[measure].agg(["mean", "min", "max"]).reindex(variants)
+        places = [row + height * (i - (len(methods) - 1) / 2) for row in range(len(variants))]
+        spread = [by["mean"] - by["min"], by["max"] - by["mean"]]
+        ax.barh(places, by["mean"], height * 0.9, xerr=spread, color=plots.COLOURS[method], ecolor="0.3", capsize=2,
+                label=NAMES[method])  # fmt: skip
+    ax.set_yticks(range(len(variants)), variants)
+    ax.invert_yaxis()
+    ax.set(xlabel=LABELS[measure], title=title or question)
+    ax.grid(axis="y", visible=False)
+    if len(methods) > 1:
+        ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return ax.figure
+
+
+def quality_against_steps(table, measure="fcd", title=None):
+    """Quality against the number of sampling steps, a line a method, full precision dashed.
+
+    Args:
+        table: rows with columns ``method``, ``steps`` and the measure; means over repeats are drawn, bars from least to greatest.
+    """
+    ax = plots.axes_of(None, 7, 3.6)
+    for method in [method for method in plots.COLOURS if method in set(table.method)]:
+        by = table[table.method == method].groupby("steps")[measure].agg(["mean", "min", "max"])
+        spread = [by["mean"] - by["min"], by["max"] - by["mean"]]
+        style = dict(ls="--", marker=None) if method == "full precision" else dict(marker=MARKERS[method], ms=5)
+        ax.errorbar(by.index, by["mean"], spread, color=plots.COLOURS[method], lw=1.4, label=NAMES[method], **style)
+    steps = sorted(table.steps.unique())
+    ax.set(xscale="log", xlabel="sampling steps", ylabel=LABELS[measure], title=title or "")
+    ax.set_xticks(steps, [f"{step:.0f}" for step in steps])
+    ax.minorticks_off()
+    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return ax.figure

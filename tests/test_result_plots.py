@@ -68,3 +68,21 @@ def test_ratios_to_the_chosen_baseline():
     ax = result_plots.ratio_bars(pd.DataFrame(rows), "floats").axes[0]
     assert [patch.get_width() for patch in ax.patches] == [0.4, 1.0]
     assert "floats" in ax.get_xlabel()
+
+
+def test_a_bar_a_variant_and_method():
+    rows = [
+        dict(question="images", variant=v, method=m, repeat=r, fcd=f + r)
+        for v, m, f in (("2", "mse", 3.0), ("2", "tdq", 2.0), ("32", "mse", 2.5), ("32", "tdq", 1.0)) for r in (0, 1)
+    ]  # fmt: skip
+    ax = result_plots.variant_bars(pd.DataFrame(rows), "images").axes[0]
+    bars = {c.get_label(): [patch.get_width() for patch in c.patches] for c in ax.containers if hasattr(c, "patches")}
+    assert bars == {"static, MSE": [3.5, 3.0], "TDQ": [2.5, 1.5]}
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["2", "32"]
+
+
+def test_a_line_a_method_over_steps():
+    rows = [dict(method=m, steps=s, repeat=0, fcd=f) for m, s, f in (("tdq", 10, 3.0), ("tdq", 50, 2.0), ("mse", 10, 4.0))]
+    ax = result_plots.quality_against_steps(pd.DataFrame(rows)).axes[0]
+    lines = {c.get_label(): c.lines[0].get_ydata().tolist() for c in ax.containers}
+    assert lines == {"TDQ": [3.0, 2.0], "static, MSE": [4.0]}

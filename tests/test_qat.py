@@ -1,0 +1,70 @@
+"""The table of training: its rows, its controls, and what a row leaves behind."""
+
+import pandas as pd
+import pytest
+import torch
+
+from tdq_utils import load_quantized, qat
+from tdq_utils import reproduce as module
+from tdq_utils.finetuning import FINETUNED
+from tdq_utils.qat import BITS, HEADLINE, QatJob, qat_jobs
+from tdq_utils.quantize import METHODS
+
+
+def test_every_method_at_every_pair_of_bits_with_controls_and_each_row_once():
+    jobs = qat_jobs()
+    assert len(set(jobs)) == len(jobs)
+    first = {(job.method, job.weights, job.activations) for job in jobs if job.iterations and job.repeat == 0}
+    assert {(method, *bits) for method in ("pact", "lsq", "nipq", "tdq") for bits in BITS} <= first
+    assert {("tdq-pact", 4, 4), ("tdq-nipq", 4, 4), ("fine-tuned", 0, 0)} <= first
+    second = {(job.method, job.weights, job.activations) for job in jobs if job.iterations and job.repeat == 1}
+    assert second == {row for row in first if row[1:] in (HEADLINE, (0, 0))}
+    assert {job.method for job in jobs if job.iterations} <= {*FINETUNED, "fine-tuned"}
+    assert {job.method for job in jobs if not job.iterations} <= {*METHODS, "full precision", "real images"}
+    assert all(job.batch >= 64 for job in jobs if job.iterations)
+
+
+@pytest.fixture
+def trained(unet, scheduler, monkeypatch, tmp_path):
+    """Measure jobs on the tiny model, with its own noise for training images and pixels for features."""
+
+    class Pixels:
+        frechet = "fcd"
+
+        def __init__(self, features):
+            self.images = []
+
+        def update(self, images, clean=None):
+            self.images.append(images)
+
+        def compute(self):
+            return dict(fcd=torch.cat(self.images).square().mean().item())
+
+    monkeypatch.setattr(module, "Distances", Pixels)
+    monkeypatch.setattr(module, "CALIBRATION", 4)
+    monkeypatch.setattr(module, "_check_images", lambda images, features: None)
+    monkeypatch.setattr(qat, "_training_images", lambda: torch.rand(8, 1, 8, 8) * 2 - 1)
+    return lambda jobs: module.reproduce(jobs, unet, scheduler, tmp_path / "qat.csv", 3, batch_size=3, progress=False)
+
+
+def test_trainings_and_controls_side_by_side(trained, unet, tmp_path):
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    training = dict(steps=2, iterations=2, batch=4)
+    jobs = [QatJob("full precision", steps=2, iterations=0, batch=0), QatJob("mse", 4, 4, steps=2, iterations=0, batch=0)]
+    jobs += [QatJob(method, 4, 4, **training) for method in ("lsq", "tdq")] + [QatJob("fine-tuned", **training)]
+    table = trained(jobs).set_index("method")
+    assert (table.loss.notna() == (table.iterations > 0)).all()
+    assert table.fcd.nunique() == len(jobs)  # nothing was measured in place of another
+    assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
+    folder = next((tmp_path / "cache").glob("tdq-4-4-*"))
+    assert len(pd.read_csv(folder / "loss.csv")) == 2
+    assert load_quantized(folder / "model").quantization.weights == 4
+
+
+def test_a_model_left_behind_is_the_one_that_was_measured(trained, scheduler, tmp_path):
+    from tdq_utils import sample
+
+    table = trained([QatJob("full precision", steps=2), QatJob("lsq", 4, 4, steps=2, iterations=2, batch=4)])
+    model = load_quantized(next((tmp_path / "cache").glob("lsq-*")) / "model")
+    images = sample(model, scheduler, range(3), 2, batch_size=3, progress=False)
+    assert images.square().mean().item() == pytest.approx(table.fcd[1], rel=1e-4)

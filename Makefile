@@ -18,11 +18,16 @@ test: $(READY)  ## lint, unit tests, and every notebook against its stored outpu
 lab: $(READY)  ## JupyterLab on the quickstart
 	$(BIN)/jupyter lab notebooks/00_quickstart.ipynb
 
-reproduce: $(READY)  ## the table of post-training quantization, hours; stop it any time, it goes on where it was
-	$(BIN)/python -m tdq_utils reproduce ptq --out data/results/ptq.csv --cache runs/cache
+# How the committed tables were sampled; without 8-bit dot products or a C++ compiler: make reproduce ENGINE=eager
+ENGINE ?= integer
+MEASURE = $(BIN)/python -m tdq_utils reproduce $(1) --out data/results/$(1).csv --cache runs/cache --engine $(ENGINE) --batch-size 64
 
-bench: $(READY)  ## what profiling and simulation cost, as ratios measured in one run
-	$(BIN)/python -m tdq_utils bench
+reproduce: $(READY)  ## the tables of post-training quantization and its ablations, hours; stopped any time, it goes on where it was
+	$(call MEASURE,ptq)
+	$(call MEASURE,ablations)
+
+bench: $(READY)  ## time and memory in floats, simulated and in integers, as ratios measured in one run
+	$(BIN)/python -m tdq_utils bench --out data/results
 
 notebooks: $(READY)  ## execute every notebook in place
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb

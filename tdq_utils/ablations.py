@@ -68,6 +68,10 @@ def ablation_jobs(repeats=2, weights=8, activations=5):
     jobs = []
     for repeat in range(repeats):
         base = Ablation("tdq", weights, activations, repeat)
+        for steps in SAMPLED_STEPS:
+            moved = replace(base, question=TRANSFER, calibrated_steps=CALIBRATED_STEPS, steps=steps)
+            jobs.append(replace(moved, method="full precision", weights=0, activations=0))
+            jobs += [replace(moved, method=method) for method in ("mse", "learned", "table", "tdq")]
         jobs += [
             replace(base, question=question, variant=variant) for question, variants in VARIANTS.items() for variant in variants
         ]
@@ -77,8 +81,4 @@ def ablation_jobs(repeats=2, weights=8, activations=5):
             for method in ("mse", "table")
             for variant in VARIANTS["calibration images"]
         ]
-        for steps in SAMPLED_STEPS:
-            moved = replace(base, question=TRANSFER, calibrated_steps=CALIBRATED_STEPS, steps=steps)
-            jobs.append(replace(moved, method="full precision", weights=0, activations=0))
-            jobs += [replace(moved, method=method) for method in ("mse", "learned", "table", "tdq")]
     return jobs

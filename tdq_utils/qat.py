@@ -29,14 +29,15 @@ class QatJob(Job):
     iterations: int = 600
     batch: int = 64
 
-    def prepare(self, model, scheduler, data, profile, folder):
+    def prepare(self, model, scheduler, calibration, folder):
         """Train in place, or calibrate. Goes on from ``folder``; leaves there ``model/``, quantized, and ``loss.csv``."""
         if self.iterations == 0:
-            return super().prepare(model, scheduler, data, profile, folder)
+            return super().prepare(model, scheduler, calibration, folder)
+        data, _ = calibration()
         bits = dict(weights=self.weights or None, activations=self.activations or None)
         method = "lsq" if self.method == "fine-tuned" else self.method
         how = dict(iterations=self.iterations, batch=self.batch, seed=self.repeat, out=folder)
-        losses = finetune(model, scheduler, _training_images(), method, **bits, **how, data=data, profile=profile)
+        losses = finetune(model, scheduler, _training_images(), method, **bits, **how, data=data, progress=False)
         pd.DataFrame({"loss": losses}).to_csv(folder / "loss.csv", index_label="iteration", float_format="%.5g")
         save_quantized(model, folder / "model", packed=self.weights > 0)
         return dict(loss=np.mean(losses[-100:]))

@@ -5,6 +5,7 @@ import os
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -71,16 +72,18 @@ class Job:
         """Whether a table meets steps that it was not calibrated for."""
         return False
 
-    def prepare(self, model, scheduler, data, profile, folder):
+    def prepare(self, model, scheduler, calibration, folder):
         """Quantize and calibrate the model, in place.
 
         Args:
-            data, profile: what calibration sees. folder: for what a long preparation keeps to go on from.
+            calibration: function -> ``(data, profile)`` that calibration sees; the profile is ``None`` before the model is
+                quantized. folder: for what a long preparation keeps to go on from.
 
         Returns:
             Further columns of the row.
         """
         quantize(model, self.weights or None, self.activations or None, self.method, **self.quantization)
+        data, profile = calibration()
         weights_method = "adaround" if self.weights_method == "adaround" else None
         calibrate(model, scheduler, data=data, profile=profile, weights_method=weights_method, progress=False, **self.options)
         return {}
@@ -192,7 +195,7 @@ class _Bench:
     def __init__(self, model, scheduler, images, batch_size, features, cache, engine):
         self.model, self.scheduler, self.images, self.batch_size = model, scheduler, images, batch_size
         self.features, self.cache, self.engine = features, cache, engine
-        self.calibrated_on, self.runners, self.compiled = None, {}, None
+        self.calibrated_on, self.profiles, self.runners, self.compiled = None, {}, {}, None
 
     def measure(self, job):
         """The measured columns of a job's row."""
@@ -204,9 +207,8 @@ class _Bench:
             _stream(distances, (torch.from_numpy(part.copy()) for part in _parts(clean)), clean)
         else:
             try:
-                data, profile = self._calibration(job)
                 folder = self.cache / "-".join(map(str, asdict(job).values()))
-                further = job.prepare(self.model, self.scheduler, data, profile, folder)
+                further = job.prepare(self.model, self.scheduler, partial(self._calibration, job), folder)
                 calibration = time.perf_counter() - start
                 freeze(self.model, self.scheduler, job.steps, nearest=job.transfers)
                 _stream(distances, self._batches(job, self._runner(job)), clean)
@@ -229,16 +231,18 @@ class _Bench:
         }
 
     def _calibration(self, job):
-        """``(data, profile)``: all methods of a repeat see the same."""
+        """``(data, profile)``: all methods of a repeat see the same; a profile is that of quantized layers."""
         trajectories, steps = job.calibration
-        source = job.repeat, trajectories, steps, *job.quantization.items()
+        source = job.repeat, trajectories, steps
         if self.calibrated_on != source:
             first = job.repeat * SEEDS + SEEDS // 2
             how = dict(batch_size=self.batch_size, progress=False)
             self.data = CalibrationSet.collect(self.model, self.scheduler, range(first, first + trajectories), steps, **how)
-            self.profile = profile_set(self.model, self.data, self.batch_size)
-            self.calibrated_on = source
-        return self.data, self.profile
+            self.calibrated_on, self.profiles = source, {}
+        structure = tuple(job.quantization.items())
+        if structure not in self.profiles and hasattr(self.model, "quantization"):
+            self.profiles[structure] = profile_set(self.model, self.data, self.batch_size)
+        return self.data, self.profiles.get(structure)
 
     def _runner(self, job):
         """What samples the calibrated model: itself, or a compiled graph that all models of its structure share."""

@@ -208,24 +208,22 @@ KINDS = {
 REST = "norms, activation functions, quantization, copies"
 
 
-def where_time_goes(models, scheduler, images=64, steps=5):
+def where_time_goes(models, seconds, scheduler, images=64, steps=5):
     """Processor time of sampling by kind of work, as the profiler sees it.
 
     Args:
-        models: ``{label: model}``; what compiles has compiled. scheduler, images, steps: of the one batch that is sampled.
+        models: ``{label: model}``; what compiles has compiled. seconds: ``{label: seconds}`` that each takes without the profiler.
+        scheduler, images, steps: of the one batch that is sampled.
 
     Returns:
-        DataFrame: ``variant``, ``kind``, ``share`` of that variant's time, and ``seconds`` (the share of the time it took
-        without the profiler).
+        DataFrame: ``variant``, ``kind``, ``share`` of that variant's time, and ``seconds``.
     """
     rows = []
     for label, model in models.items():
-        how = dict(seeds=range(images), steps=steps, batch_size=images, progress=False)
-        plain = min(time_rounds({label: lambda m=model, how=how: sample(m, scheduler, **how)}, repeats=3)[label])
         with profile(activities=[ProfilerActivity.CPU]) as seen:
-            sample(model, scheduler, **how)
+            sample(model, scheduler, seeds=range(images), steps=steps, batch_size=images, progress=False)
         spent = {event.key: event.self_cpu_time_total for event in seen.key_averages()}
         shares = {kind: sum(spent.get(name, 0) for name in names) / sum(spent.values()) for kind, names in KINDS.items()}
         shares[REST] = 1 - sum(shares.values())
-        rows += [dict(variant=label, kind=kind, share=share, seconds=share * plain) for kind, share in shares.items()]
+        rows += [dict(variant=label, kind=kind, share=share, seconds=share * seconds[label]) for kind, share in shares.items()]
     return pd.DataFrame(rows)

@@ -212,7 +212,7 @@ def where_time_goes(models, seconds, scheduler, images=64, steps=5):
     """Processor time of sampling by kind of work, as the profiler sees it.
 
     Args:
-        models: ``{label: model}``; what compiles has compiled. seconds: ``{label: seconds}`` that each takes without the profiler.
+        models: ``{label: model}``; what compiles has compiled. seconds: ``{label: seconds}`` of each, without the profiler.
         scheduler, images, steps: of the one batch that is sampled.
 
     Returns:

@@ -28,17 +28,19 @@ def distance_bars(table, ax=None):
     return ax.figure
 
 
-def quality_against_bits(table, measure="fcd", methods=None, title=None):
+def quality_against_bits(table, measure="fcd", methods=None, title=None, relative_to=None):
     """Quality against bits of the activations, a line a method, a panel for each width of the weights.
 
-    Points are means over repeats, bars reach from the least to the greatest; the dashed line is full precision and
-    the dotted one real images, where the measure has them.
+    Points are means over repeats, bars reach from the least to the greatest; the dashed line is full precision, where the
+    measure has it.
 
     Args:
         table: rows of :func:`tdq_utils.reproduce.reproduce`. measure: ``"fcd"``, ``"kid"`` or ``"mse"``.
-        methods: which lines; default: all.
+        methods: which lines; default: all. relative_to: a method by whose value, at the same bits and repeat, all are divided.
     """
     rows = table[(table.weights > 0) & (table.weights_method == "nearest")]
+    if relative_to:
+        rows = _relative(rows, measure, relative_to)
     methods = [method for method in plots.COLOURS if method in set(rows.method if methods is None else methods)]
     widths = sorted(rows.weights.unique(), reverse=True)
     fig, axes = plt.subplots(
@@ -46,16 +48,22 @@ def quality_against_bits(table, measure="fcd", methods=None, title=None):
     )
     for ax, width in zip(axes[0], widths, strict=True):
         _panel(ax, rows[rows.weights == width], measure, methods)
-        for name, style in (("full precision", "--"), ("real images", ":")):
-            level = table.loc[table.method == name, measure].mean()
-            if level > 0:
-                ax.axhline(level, color="0.35", ls=style, label=name)
-        ax.set(xlabel="bits of the activations", title=f"{width}-bit weights", yscale="log")
-    axes[0, 0].set_ylabel(LABELS[measure])
+        level = table.loc[table.method == "full precision", measure].mean()
+        if level > 0 and not relative_to:
+            ax.axhline(level, color="0.35", ls="--", label="full precision")
+        ax.set(xlabel="bits of the activations", title=f"{width}-bit weights", yscale="linear" if relative_to else "log")
+    axes[0, 0].set_ylabel(f"{measure.upper()} / that of {NAMES[relative_to]}" if relative_to else LABELS[measure])
     axes[0, -1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     if title:
         fig.suptitle(title, x=0.01, ha="left", fontsize="medium")
     return fig
+
+
+def _relative(rows, measure, method):
+    key = ["weights", "activations", "repeat"]
+    base = rows[rows.method == method].set_index(key)[measure].rename("base")
+    joined = rows.join(base, on=key)
+    return joined.assign(**{measure: joined[measure] / joined.base})
 
 
 def _panel(ax, rows, measure, methods):

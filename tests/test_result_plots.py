@@ -41,10 +41,18 @@ def test_a_line_a_method_a_panel_a_width(table):
     assert [ax.get_title(loc="left") or ax.get_title() for ax in fig.axes] == ["8-bit weights", "4-bit weights"]
     ax = fig.axes[0]
     names = [text.get_text() for text in fig.axes[-1].get_legend().get_texts()]
-    assert set(names) == {"static, MSE", "TDQ", "full precision", "real images"}
+    assert set(names) == {"static, MSE", "TDQ", "full precision"}
     means = {container.get_label(): container.lines[0].get_ydata().tolist() for container in ax.containers}
     assert means == {"static, MSE": [6.5, 5.5], "TDQ": [5.5, 4.5]}
     assert ax.get_xlabel() and ax.get_ylabel()
+
+
+def test_relative_to_a_method_repeat_by_repeat(table):
+    ax = result_plots.quality_against_bits(table, relative_to="mse").axes[0]
+    means = {container.get_label(): container.lines[0].get_ydata().tolist() for container in ax.containers}
+    assert means["static, MSE"] == [1, 1]
+    assert means["TDQ"] == pytest.approx([(5 / 6 + 6 / 7) / 2, (4 / 5 + 5 / 6) / 2])
+    assert "static, MSE" in ax.get_ylabel()
 
 
 def test_only_the_wanted_methods(table):

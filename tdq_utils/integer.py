@@ -29,7 +29,7 @@ class IntegerRunner(Runner):
             integer kernel; a processor that is not x86, or weights of 8 bits where no instruction adds products of 8 bits.
     """
 
-    def __init__(self, model, scheduler, steps, compiled=True):
+    def __init__(self, model, scheduler=None, steps=None, compiled=True):
         state = checked_state(model)
         if state.weights is None or state.activations is None:
             raise TDQError(
@@ -53,8 +53,8 @@ class IntegerRunner(Runner):
         mine.load(layer)
 
 
-def to_integer(model, scheduler, steps, compiled=True):
-    """An :class:`IntegerRunner` of ``model``, sampled like any model: ``sample(to_integer(...), scheduler, ...)``."""
+def to_integer(model, scheduler=None, steps=None, compiled=True):
+    """An :class:`IntegerRunner` of ``model``, sampled like any model: ``sample(to_integer(model), scheduler, ...)``."""
     return IntegerRunner(model, scheduler, steps, compiled)
 
 

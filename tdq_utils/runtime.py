@@ -8,8 +8,9 @@ from torch import nn
 from tdq_utils.errors import TDQError
 from tdq_utils.layers import SplitQuantizer
 from tdq_utils.quantize import activation_quantizers, checked_state, frozen_step, full_precision, quantized_layers
-from tdq_utils.quantizers import SILU_MIN, DynamicStep, StaticStep
+from tdq_utils.quantizers import SILU_MIN, DynamicStep, StaticStep, TableStep
 from tdq_utils.sampling import timesteps
+from tdq_utils.temporal import StepGenerator
 
 
 class Compiled(nn.Module):
@@ -62,7 +63,8 @@ class Runner(Compiled):
     No layer knows t or its bits, so that one compiled graph serves every step, and every setting of equal structure.
 
     Args:
-        model: calibrated, frozen or not; left as it is. scheduler, steps: what the runner can be sampled with.
+        model: calibrated, frozen or not; left as it is.
+        scheduler, steps: what the runner can be sampled with; default: what the model was frozen for.
         compiled: run through ``torch.compile`` (most of a minute at the first call, less time at every other).
 
     Attributes:
@@ -73,8 +75,8 @@ class Runner(Compiled):
         TDQError: a model that is not quantized and calibrated, or calibrated per step at other steps.
     """
 
-    def __init__(self, model, scheduler, steps, compiled=True):
-        visited = timesteps(scheduler, steps)
+    def __init__(self, model, scheduler=None, steps=None, compiled=True):
+        visited = _frozen_for(model) if scheduler is None else timesteps(scheduler, steps)
         table = interval_table(model, visited)
         now = table[0].clone()
         super().__init__(_copy(model, now, self.make_layer), compiled)
@@ -122,6 +124,14 @@ class Runner(Compiled):
             f"A runner takes one t a call, one of the {len(self.rows)} it was built for; got t = {t.unique().tolist()[:3]}. "
             "Build it with the number of steps to sample, or call the frozen model itself."
         )
+
+
+def _frozen_for(model):
+    """The time steps that a frozen model's tables hold; of one without tables any will do, and 0 stands for them."""
+    steps = [quantizer.step for quantizer in activation_quantizers(model).values()]
+    if any(isinstance(step, StepGenerator) for step in steps):
+        raise TDQError("A runner must know its time steps; this model is not frozen. Pass scheduler and steps, or freeze it.")
+    return next((step.t.tolist() for step in steps if isinstance(step, TableStep)), [0])
 
 
 def interval_table(model, visited):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tdq_utils import calibrate, freeze, quantize, restore, sample
+from tdq_utils import calibrate, freeze, load_quantized, quantize, restore, sample, save_quantized
 from tdq_utils import integer as module
 from tdq_utils.errors import TDQError
 from tdq_utils.integer import IntegerConv2d, IntegerLinear, to_integer, weight_levels
@@ -56,6 +56,29 @@ def test_images_within_a_bound_of_the_simulation(unet, scheduler, profile, metho
     difference = sample(to_integer(unet, scheduler, 4, compiled=False), scheduler, **how) - sample(unet, scheduler, **how)
     assert difference.abs().mean() < 0.002
     assert difference.abs().max() < 0.05
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_frozen_model_alone_is_enough(unet, scheduler, profile, method):
+    how = {"seeds": range(2), "steps": 4, "progress": False}
+    frozen(unet, scheduler, profile, method)
+    alone, told = to_integer(unet, compiled=False), to_integer(unet, scheduler, 4, compiled=False)
+    assert torch.equal(sample(alone, scheduler, **how), sample(told, scheduler, **how))
+
+
+def test_generators_must_be_told_the_steps(unet, scheduler, profile):
+    quantize(unet, 8, 8, "tdq")
+    calibrate(unet, scheduler, profile=profile, iterations=1, progress=False)
+    with pytest.raises(TDQError, match="must know its time steps.*freeze it"):
+        to_integer(unet)
+
+
+def test_packed_4_bit_weights_come_from_disk_and_run(unet, scheduler, profile, tmp_path):
+    frozen(unet, scheduler, profile, "table", 4, 8)
+    save_quantized(unet, tmp_path, packed=True)
+    how = {"seeds": range(2), "steps": 4, "progress": False}
+    runners = [to_integer(model, compiled=False) for model in (unet, load_quantized(tmp_path))]
+    assert torch.equal(*(sample(runner, scheduler, **how) for runner in runners))
 
 
 def test_no_floats_are_kept_of_quantized_weights(unet, scheduler, profile):

@@ -43,6 +43,14 @@ def test_the_readme_names_real_make_targets():
     assert {"demo", "test"} <= named <= targets
 
 
+@pytest.mark.parametrize(
+    "page", sorted(ROOT.glob("*.md")) + sorted((ROOT / "data").rglob("*.md")), ids=lambda page: page.parent.name
+)
+def test_links_between_the_pages_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
 def test_data_stays_within_its_budget():
     assert sum(p.stat().st_size for p in (ROOT / "data").rglob("*") if p.is_file()) <= 15 * 2**20
 

@@ -84,7 +84,7 @@ def reproduce(args):
     """Measure a table of the paper; a row that is there already is not measured again."""
     from tdq_utils.ablations import ablation_jobs
     from tdq_utils.models import load_model
-    from tdq_utils.qat import qat_jobs
+    from tdq_utils.qat import loss_curves, qat_jobs
     from tdq_utils.reproduce import processes, ptq_jobs
     from tdq_utils.reproduce import reproduce as measure
 
@@ -115,6 +115,10 @@ def reproduce(args):
         ]
         print(table[[name for name in columns if name in table]].to_string(index=False, float_format="%.3g"))
         print(f"Written to {out}")
+        if args.table == "qat":
+            curves = out.with_name(f"{out.stem}_loss.csv")
+            loss_curves(jobs, args.cache or out.parent / "cache").to_csv(curves, index=False, float_format="%.5g")
+            print(f"Losses of the trainings: {curves}")
 
 
 def bench(args):

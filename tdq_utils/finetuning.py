@@ -28,20 +28,21 @@ FINETUNED = {
 }
 
 
-def finetune(model, scheduler, images, method="tdq", weights=4, activations=4, iterations=600, batch=64, rate=2e-4, warmup=50,
-             clip=1.0, ema_decay=0.99, seed=0, out=None, progress=True, **calibration):  # fmt: skip
+def finetune(model, scheduler, images, method="tdq", weights=4, activations=4, iterations=600, batch=64, rate=2e-4,
+             step_rate=0.1, warmup=50, clip=1.0, ema_decay=0.99, seed=0, out=None, progress=True, **calibration):  # fmt: skip
     """Quantize a full-precision model, calibrate it, and train it on the ordinary denoising loss, in place.
 
     Each sample has its own t, so s(t) has one value a sample; afterwards :func:`tdq_utils.quantize.freeze` turns it into
-    a table. AdamW: weights and generators learn at ``rate``, static step sizes at a tenth of it (So et al. 2023,
-    authors' code); linear warm-up, cosine fall to zero.
+    a table. AdamW; linear warm-up, cosine fall to zero.
 
     Args:
         model, scheduler: in full precision; :func:`tdq_utils.quantize.restore` gives it back bit for bit.
         images: training images ``"image channel height width"`` in [-1, 1].
         method: ``"pact"``, ``"lsq"``, ``"nipq"`` (:mod:`tdq_utils.rules`) with a learned constant a layer; ``"tdq"``,
             ``"tdq-pact"``, ``"tdq-nipq"``: the same with the constant replaced by a generator s(t).
-        weights, activations: bits. iterations, batch: of training. warmup: iterations. clip: norm of the gradient.
+        weights, activations: bits. iterations, batch: of training. rate: of weights and generators. step_rate: that of
+            static step sizes, relative to ``rate`` (a tenth: So et al. 2023, authors' code). warmup: iterations.
+            clip: norm of the gradient.
         ema_decay: of the average of weights, step sizes and generators that the model ends with.
         seed: of data, noise, dropout and generators. out: folder for the state, saved every minute; a run found there
             goes on, with the same losses bit for bit. progress: show bars.
@@ -61,7 +62,7 @@ def finetune(model, scheduler, images, method="tdq", weights=4, activations=4, i
     calibrate(model, scheduler, progress=progress, **calibration)
     checked_state(model).before = before
     _learn(model, rule)
-    trainer = _Trainer(model, rate, ema_decay, clip, out)
+    trainer = _Trainer(model, _groups(model, rate, rate * step_rate), ema_decay, clip, out)
     try:
         return trainer.run(partial(denoising_loss, model, images, scheduler, batch), iterations, warmup, seed, progress)
     finally:
@@ -80,21 +81,21 @@ def _learn(model, rule):
         quantizer.rule = RULES[rule]
 
 
-def _groups(model, rate):
-    """Parameter groups: static step sizes learn at a tenth of the rate and without decay."""
+def _groups(model, rate, step_rate):
+    """Parameter groups: static step sizes learn at a rate of their own, without decay."""
     slow = [q.step.log_s for q in activation_quantizers(model).values() if isinstance(q.step, LearnedStep)]
     slow += [layer.weight_step for layer in quantized_layers(model).values() if layer.weight_grid is not None]
     ids = {id(parameter) for parameter in slow}
     fast = [parameter for parameter in model.parameters() if id(parameter) not in ids]
-    return [dict(params=fast, lr=rate, rate=rate), dict(params=slow, lr=rate / 10, rate=rate / 10, weight_decay=0.0)]
+    return [dict(params=fast, lr=rate, rate=rate), dict(params=slow, lr=step_rate, rate=step_rate, weight_decay=0.0)]
 
 
 class _Trainer:
     """AdamW, an average of all parameters, and their state on disk."""
 
-    def __init__(self, model, rate, ema_decay, clip, out):
+    def __init__(self, model, groups, ema_decay, clip, out):
         self.model, self.ema_decay, self.clip = model, ema_decay, clip
-        self.optimizer = torch.optim.AdamW(_groups(model, rate))
+        self.optimizer = torch.optim.AdamW(groups)
         self.ema = copy.deepcopy(nn.ParameterList(model.parameters())).requires_grad_(False)
         self.path = Path(out) / "state.pt" if out else None
 

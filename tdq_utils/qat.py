@@ -2,18 +2,20 @@
 
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from tdq_utils.datasets import load_images
 from tdq_utils.finetuning import finetune
-from tdq_utils.reproduce import Job
+from tdq_utils.reproduce import CALIBRATION, Job
 from tdq_utils.storage import save_quantized
 
 BITS = ((4, 4), (3, 3), (4, 8), (8, 8))
 HEADLINE = (4, 4)  # gets a second repeat, and TDQ on the other rules
-METHODS = ("pact", "lsq", "nipq", "tdq")
+METHODS = ("lsq", "tdq", "pact", "nipq")
+SAMPLED_STEPS = (10, 50, 100)  # at which full precision, LSQ and TDQ are sampled, too
 UNTRAINED = ("mse", "tdq")  # what post-training quantization does at the same bits
 
 
@@ -24,10 +26,24 @@ class QatJob(Job):
     Attributes:
         iterations: of training; 0 for post-training quantization, where ``method`` is one of calibrate's; else it is one of
             ``FINETUNED``, or "fine-tuned": the full-precision model, trained for as long. batch: images an iteration.
+        step_rate: of static step sizes, relative to that of the weights.
+        calibrated_steps: of the trajectories that calibration, which training starts from, sees.
     """
 
     iterations: int = 600
     batch: int = 64
+    step_rate: float = 0.1
+    calibrated_steps: int = 20
+
+    @property
+    def name(self):
+        """One training serves every number of sampling steps."""
+        return super().name if self.steps == self.calibrated_steps else replace(self, steps=self.calibrated_steps).name
+
+    @property
+    def calibration(self):
+        """``(trajectories, steps)`` that calibration sees."""
+        return CALIBRATION, self.calibrated_steps
 
     def prepare(self, model, scheduler, calibration, folder):
         """Train in place, or calibrate. Goes on from ``folder``; leaves there ``model/``, quantized, and ``loss.csv``."""
@@ -36,7 +52,7 @@ class QatJob(Job):
         data, _ = calibration()
         bits = dict(weights=self.weights or None, activations=self.activations or None)
         method = "lsq" if self.method == "fine-tuned" else self.method
-        how = dict(iterations=self.iterations, batch=self.batch, seed=self.repeat, out=folder)
+        how = dict(iterations=self.iterations, batch=self.batch, seed=self.repeat, step_rate=self.step_rate, out=folder)
         losses = finetune(model, scheduler, _training_images(), method, **bits, **how, data=data, progress=False)
         pd.DataFrame({"loss": losses}).to_csv(folder / "loss.csv", index_label="iteration", float_format="%.5g")
         save_quantized(model, folder / "model", packed=self.weights > 0)
@@ -51,18 +67,50 @@ def _training_images():
 
 def qat_jobs(quick=False, steps=20, iterations=600, batch=64):
     """The jobs of the table, most wanted first. ``quick``: W4A4 with LSQ and TDQ, 30 iterations."""
-    base = QatJob("full precision", steps=steps, iterations=0, batch=0)
-    trained = replace(base, iterations=30 if quick else iterations, batch=batch)
+    untrained = QatJob("full precision", steps=steps, iterations=0, batch=0, step_rate=0.0, calibrated_steps=steps)
+    trained = replace(untrained, iterations=30 if quick else iterations, batch=batch, step_rate=0.1)
+    if quick:
+        return _controls(untrained) + _methods(untrained, trained, HEADLINE, METHODS[:2])
     jobs = []
-    for repeat in range(1 if quick else 2):
-        jobs += [replace(base, method=name, repeat=repeat) for name in ("full precision", "real images")]
-        for weights, activations in BITS if not quick and repeat == 0 else (HEADLINE,):
-            bits = dict(weights=weights, activations=activations, repeat=repeat)
-            methods = ("lsq", "tdq") if quick else METHODS
-            if (weights, activations) == HEADLINE and not quick:
-                methods += ("tdq-pact", "tdq-nipq")
-            jobs += [replace(base, method=method, **bits) for method in UNTRAINED]
-            jobs += [replace(trained, method=method, **bits) for method in methods]
-        if not quick:
-            jobs.append(replace(trained, method="fine-tuned", repeat=repeat))
-    return jobs
+    for repeat in range(2):
+        plain, learned = replace(untrained, repeat=repeat), replace(trained, repeat=repeat)
+        jobs += _controls(plain) + _methods(plain, learned, HEADLINE, (*METHODS, "tdq-pact", "tdq-nipq"))
+        constants = next(job for job in jobs[::-1] if _leads(job) and job.method == "lsq")
+        # Controls: constants that learn as fast as the generators do; no quantizer at all.
+        jobs += [replace(constants, step_rate=1.0), replace(learned, method="fine-tuned")]
+        compared = [job for job in jobs if job.repeat == repeat and (job.method == "full precision" or _leads(job))]
+        jobs += [replace(job, steps=other) for other in SAMPLED_STEPS for job in compared]
+    return jobs + [job for bits in BITS if bits != HEADLINE for job in _methods(untrained, trained, bits, METHODS)]
+
+
+def _controls(job):
+    return [replace(job, method=name) for name in ("full precision", "real images")]
+
+
+def _methods(untrained, trained, bits, methods):
+    """What calibration alone does at these bits, then each training."""
+    bits = dict(weights=bits[0], activations=bits[1])
+    return [replace(untrained, method=method, **bits) for method in UNTRAINED] + [
+        replace(trained, method=method, **bits) for method in methods
+    ]
+
+
+def _leads(job):
+    return job.iterations and job.method in METHODS[:2] and job.step_rate < 1
+
+
+def loss_curves(jobs, cache, every=20):
+    """The losses that the trainings among ``jobs`` left in ``cache``, as means of ``every`` iterations.
+
+    Returns:
+        DataFrame with columns ``method``, ``weights``, ``activations``, ``repeat``, ``step_rate``, ``iteration`` (the last of
+        each mean), ``loss``.
+    """
+    parts = []
+    for name, job in {job.name: job for job in jobs if job.iterations}.items():
+        if (path := Path(cache) / name / "loss.csv").exists():
+            loss = pd.read_csv(path).loss
+            means = loss.groupby(loss.index // every).mean()
+            who = {key: getattr(job, key) for key in ("method", "weights", "activations", "repeat", "step_rate")}
+            parts.append(pd.DataFrame(dict(**who, iteration=(means.index + 1) * every, loss=means)))
+    return pd.concat(parts, ignore_index=True)

@@ -53,6 +53,11 @@ class Job:
     steps: int = 20
 
     @property
+    def name(self):
+        """Name of the folder for what :meth:`prepare` keeps."""
+        return "-".join(map(str, asdict(self).values()))
+
+    @property
     def calibration(self):
         """``(trajectories, steps)`` that calibration sees."""
         return CALIBRATION, self.steps
@@ -207,8 +212,7 @@ class _Bench:
             _stream(distances, (torch.from_numpy(part.copy()) for part in _parts(clean)), clean)
         else:
             try:
-                folder = self.cache / "-".join(map(str, asdict(job).values()))
-                further = job.prepare(self.model, self.scheduler, partial(self._calibration, job), folder)
+                further = job.prepare(self.model, self.scheduler, partial(self._calibration, job), self.cache / job.name)
                 calibration = time.perf_counter() - start
                 freeze(self.model, self.scheduler, job.steps, nearest=job.transfers)
                 _stream(distances, self._batches(job, self._runner(job)), clean)

@@ -1,13 +1,15 @@
 """The table of training: its rows, its controls, and what a row leaves behind."""
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 import torch
 
 from tdq_utils import load_quantized, qat
 from tdq_utils import reproduce as module
-from tdq_utils.finetuning import FINETUNED
-from tdq_utils.qat import BITS, HEADLINE, QatJob, qat_jobs
+from tdq_utils.finetuning import FINETUNED, _Trainer
+from tdq_utils.qat import BITS, HEADLINE, QatJob, loss_curves, qat_jobs
 from tdq_utils.quantize import METHODS
 
 
@@ -22,6 +24,14 @@ def test_every_method_at_every_pair_of_bits_with_controls_and_each_row_once():
     assert {job.method for job in jobs if job.iterations} <= {*FINETUNED, "fine-tuned"}
     assert {job.method for job in jobs if not job.iterations} <= {*METHODS, "full precision", "real images"}
     assert all(job.batch >= 64 for job in jobs if job.iterations)
+    assert {(job.method, job.steps) for job in jobs if job.steps != 20} == {
+        (method, steps) for method in ("full precision", "lsq", "tdq") for steps in (10, 50, 100)
+    }
+
+
+def test_one_training_serves_every_number_of_sampling_steps():
+    job = QatJob("lsq", 4, 4)
+    assert replace(job, steps=50).name == job.name != replace(job, repeat=1).name
 
 
 @pytest.fixture
@@ -58,7 +68,24 @@ def test_trainings_and_controls_side_by_side(trained, unet, tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
     folder = next((tmp_path / "cache").glob("tdq-4-4-*"))
     assert len(pd.read_csv(folder / "loss.csv")) == 2
+    curves = loss_curves(jobs, tmp_path / "cache", every=2)
+    assert curves.method.tolist() == ["lsq", "tdq", "fine-tuned"] and (curves.iteration == 2).all()
+    assert curves.loss.tolist() == pytest.approx(table.loss.dropna().tolist(), rel=1e-3)
     assert load_quantized(folder / "model").quantization.weights == 4
+
+
+def test_sampling_a_trained_model_with_other_steps_trains_nothing(trained, monkeypatch):
+    job = QatJob("lsq", 4, 4, steps=2, iterations=2, batch=4, calibrated_steps=2)
+    original, trained_by = _Trainer._step, []
+
+    def step(trainer, loss_of, i, seed):
+        trained_by.append(i)
+        return original(trainer, loss_of, i, seed)
+
+    monkeypatch.setattr(_Trainer, "_step", step)
+    table = trained([job, replace(job, steps=4)])
+    assert trained_by == [0, 1]
+    assert table.loss[0] == table.loss[1] and table.fcd[0] != table.fcd[1]
 
 
 def test_a_model_left_behind_is_the_one_that_was_measured(trained, scheduler, tmp_path):

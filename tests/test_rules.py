@@ -14,9 +14,9 @@ def grid(request):
     return GRIDS[request.param]
 
 
-def gradients(rule, x, s, grid):
+def gradients(rule, x, s, grid, **options):
     x, s = x.clone().requires_grad_(), s.clone().requires_grad_()
-    out = rule(x, s, grid)
+    out = rule(x, s, grid, **options)
     out.sum().backward()
     return out.detach(), x.grad, s.grad
 
@@ -28,13 +28,22 @@ def inside(x, s, grid):
 
 def test_pact_learns_from_clipped_values_alone(grid):
     x, s = torch.linspace(-4, 8, 200), torch.tensor(0.2)
-    out, to_x, to_s = gradients(pact, x, s, grid)
+    out, to_x, to_s = gradients(pact, x, s, grid, decay=0)
     torch.testing.assert_close(out, fake_quantize(x, s, grid))
     assert torch.equal(to_x, inside(x, s, grid).float())
     zero = grid.zero(s)
     above, below = (x > (grid.q_max - zero) * s).sum(), (x < (grid.q_min - zero) * s).sum()
     torch.testing.assert_close(to_s, above * (grid.q_max - zero) + below * (grid.q_min - zero))
-    assert gradients(pact, x[inside(x, s, grid)], s, grid)[2] == 0
+    assert gradients(pact, x[inside(x, s, grid)], s, grid, decay=0)[2] == 0
+
+
+@pytest.mark.parametrize("samples", [1, 5])
+def test_pact_adds_the_gradient_of_its_l2_decay(grid, samples):
+    x, s = torch.linspace(-4, 8, 200).view(samples, -1), torch.linspace(0.1, 0.3, samples).squeeze()
+    plain, decayed = (gradients(pact, x, s, grid, decay=decay)[2] for decay in (0, 0.5))
+    s.requires_grad_()
+    (0.5 / 2 * (s * grid.q_max).square().mean()).backward()
+    torch.testing.assert_close(decayed - plain, s.grad, atol=1e-4, rtol=1e-4)
 
 
 def test_lsq_scales_its_gradient(grid):

@@ -24,6 +24,12 @@ NAMES = {
     "tdq": "TDQ",
     "dynamic": "dynamic, per tensor",
     "dynamic-sample": "dynamic, per sample",
+    "pact": "PACT",
+    "lsq": "LSQ",
+    "nipq": "NIPQ",
+    "tdq-pact": "TDQ on PACT",
+    "tdq-nipq": "TDQ on NIPQ",
+    "fine-tuned": "full precision, fine-tuned",
 }
 
 CALIBRATION_SEEDS = range(10_000, 10_032)

@@ -21,6 +21,13 @@ COLOURS = {
     "tdq": PALETTE[0],
     "dynamic": PALETTE[4],
     "dynamic-sample": PALETTE[5],
+    # Training: never in one figure with the static intervals, whose colours they share.
+    "pact": PALETTE[1],
+    "lsq": PALETTE[3],
+    "nipq": PALETTE[4],
+    "tdq-pact": PALETTE[9],
+    "tdq-nipq": PALETTE[2],
+    "fine-tuned": PALETTE[7],
 }
 T_AXIS = "time step t  (999 = noise, 0 = image)"
 

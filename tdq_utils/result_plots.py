@@ -1,6 +1,9 @@
 """Figures of measured tables: which method keeps how much quality, at which bits, with its spread."""
 
+from itertools import cycle
+
 import matplotlib.pyplot as plt
+import pandas as pd
 import seaborn as sns
 
 from tdq_utils import plots
@@ -11,7 +14,7 @@ LABELS = {
     "mse": "distance to full precision (lower is better)",
     "kid": "KID (lower is better)",
 }
-MARKERS = dict(zip(plots.COLOURS, "os^vD<>pPX*h", strict=False))
+MARKERS = dict(zip(plots.COLOURS, cycle("os^vD<>pPX*h"), strict=False))
 
 
 def distance_bars(table, ax=None):
@@ -142,3 +145,56 @@ def quality_against_steps(table, measure="fcd", title=None):
     ax.minorticks_off()
     ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return ax.figure
+
+
+def training_bars(table, measure="fcd", title=None):
+    """Quantization-aware training: a panel a pair of bits, a bar a row's kind; whiskers from least to greatest repeat.
+
+    Args:
+        table: rows of :func:`tdq_utils.qat.qat_jobs`, of one number of sampling steps. measure: as above.
+    """
+    rows = table[(table.weights > 0)].assign(label=training_labels(table))
+    pairs = list(rows[["weights", "activations"]].drop_duplicates().itertuples(index=False))
+    fig, axes = plt.subplots(1, len(pairs), figsize=(3.4 * len(pairs) + 1.5, 3.6), layout="constrained", squeeze=False)
+    for ax, (w, a) in zip(axes[0], pairs, strict=True):
+        group = rows[(rows.weights == w) & (rows.activations == a)]
+        by = group.groupby("label", sort=False).agg({measure: ["mean", "min", "max"], "method": "first"}).iloc[::-1]
+        mean, least, most = (by[measure, part] for part in ("mean", "min", "max"))
+        ax.barh(by.index, mean, xerr=[mean - least, most - mean], ecolor="0.3", capsize=2, height=0.7,
+                color=[plots.COLOURS[method] for method in by["method", "first"]])  # fmt: skip
+        ax.axvline(table.loc[table.method == "full precision", measure].mean(), color="0.35", ls="--", label="full precision")
+        ax.set(xlabel=LABELS[measure].replace(" (", "\n("), title=f"W{w}A{a}")
+        ax.grid(axis="y", visible=False)
+    axes[0, 0].legend(fontsize=8)
+    if title:
+        fig.suptitle(title, x=0.01, ha="left", fontsize="medium")
+    return fig
+
+
+def training_labels(table):
+    """What a row of the training table is, for readers: ``Series`` with the index of ``table``."""
+
+    def label(row):
+        name = NAMES.get(row.method, row.method)
+        if row.weights and not row.iterations:
+            return f"{name}: calibrated only"
+        return f"{name}, constants at full rate" if row.step_rate == 1 else name
+
+    return pd.Series([label(row) for row in table.itertuples()], table.index)
+
+
+def loss_lines(curves, title=None):
+    """Training loss against iterations, a line a method, a panel a pair of bits (:func:`tdq_utils.qat.loss_curves`)."""
+    pairs = list(curves[["weights", "activations"]].drop_duplicates().itertuples(index=False))
+    fig, axes = plt.subplots(1, len(pairs), figsize=(4 * len(pairs) + 1.5, 3.2), layout="constrained", squeeze=False, sharey=True)
+    for ax, (w, a) in zip(axes[0], pairs, strict=True):
+        group = curves[(curves.weights == w) & (curves.activations == a)]
+        for method, lines in group.groupby("method", sort=False):
+            mean = lines.groupby("iteration").loss.mean()
+            ax.plot(mean.index, mean, color=plots.COLOURS[method], marker=MARKERS[method], ms=4, lw=1.2, label=NAMES[method])
+        ax.set(xlabel="iteration", title=f"W{w}A{a}" if w else "no quantizer")
+    axes[0, 0].set_ylabel("denoising loss (mean squared error)")
+    axes[0, -1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    if title:
+        fig.suptitle(title, x=0.01, ha="left", fontsize="medium")
+    return fig

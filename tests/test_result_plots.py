@@ -94,3 +94,30 @@ def test_a_line_a_method_over_steps():
     ax = result_plots.quality_against_steps(pd.DataFrame(rows)).axes[0]
     lines = {c.get_label(): c.lines[0].get_ydata().tolist() for c in ax.containers}
     assert lines == {"TDQ": [3.0, 2.0], "static, MSE": [4.0]}
+
+
+@pytest.fixture
+def trainings():
+    """A calibrated and two trained methods, one with two kinds of constants, at W4A4; two repeats of one."""
+    kinds = [("mse", 0, 0.0, 9), ("lsq", 600, 0.1, 6), ("lsq", 600, 1.0, 5), ("tdq", 600, 0.1, 4)]
+    rows = [
+        dict(method=method, weights=4, activations=4, iterations=n, step_rate=rate, repeat=r, fcd=fcd + r)
+        for method, n, rate, fcd in kinds for r in (0, 1)
+    ]  # fmt: skip
+    rows.append(dict(method="full precision", weights=0, activations=0, iterations=0, step_rate=0.0, repeat=0, fcd=1))
+    return pd.DataFrame(rows)
+
+
+def test_a_bar_a_kind_of_training(trainings):
+    ax = result_plots.training_bars(trainings, title="title").axes[0]
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    assert names == ["TDQ", "LSQ, constants at full rate", "LSQ", "static, MSE: calibrated only"]
+    assert [bar.get_width() for bar in ax.patches] == [4.5, 5.5, 6.5, 9.5]
+
+
+def test_a_line_a_training():
+    curves = pd.DataFrame(
+        dict(method=["lsq"] * 2 + ["tdq"] * 2, weights=4, activations=4, repeat=0, iteration=[20, 40] * 2, loss=[4, 3, 2, 1])
+    )
+    ax = result_plots.loss_lines(curves, title="title").axes[0]
+    assert {line.get_label(): line.get_ydata().tolist() for line in ax.lines} == {"LSQ": [4, 3], "TDQ": [2, 1]}

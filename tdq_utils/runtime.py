@@ -89,18 +89,25 @@ class Runner(Compiled):
         """The layer to run in place of a quantized one: here its twin, with ``activation`` in the place of its quantizer."""
         return _copy_twin(layer, activation)
 
+    @torch.no_grad()
     def load(self, model):
         """Take over the weights and intervals of another calibrated model of equal structure, without compiling again."""
         self.table.copy_(interval_table(model, list(self.rows)))
         self.now.copy_(self.table[0])
-        self._moves = None
-        for name, layer in quantized_layers(model).items():
+        self._moves, layers = None, quantized_layers(model)
+        for name, layer in layers.items():
             self.load_layer(self.net.get_submodule(name), layer)
+        mine, inside = self.net.state_dict(), tuple(f"{name}." for name in layers)
+        for name, value in model.state_dict().items():  # norms and all that stays in full precision: training moves them, too
+            if not name.startswith(inside):
+                mine[name].copy_(value)
 
     @staticmethod
     def load_layer(mine, layer):
         """Give ``mine``, which :meth:`make_layer` made, the weights of another quantized layer."""
         mine.rounded.copy_(layer.quantized_weight())
+        if layer.bias is not None:
+            mine.bias.copy_(layer.bias)
 
     def forward(self, sample, timestep, **condition):
         """The model's output. TDQError: several t in a batch, or a t that is not in the table."""
@@ -232,10 +239,12 @@ def _copy(model, now, make_layer):
 
 
 def _copy_twin(layer, activation):
-    """A twin that shares nothing that changes: its rounded weights are its own."""
+    """A twin that shares nothing that changes: its rounded weights and its bias are its own."""
     twin = copy.copy(layer)
     for key, value in layer.__dict__.items():
         if isinstance(value, dict):
             twin.__dict__[key] = copy.copy(value)
     twin.clock, twin.rounded, twin.activation = None, layer.quantized_weight().detach().clone(), activation
+    if layer.bias is not None:
+        twin.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
     return twin

@@ -5,6 +5,7 @@ import torch
 
 from tdq_utils import calibrate, freeze, quantize, restore, sample
 from tdq_utils.errors import TDQError
+from tdq_utils.integer import IntegerRunner
 from tdq_utils.quantize import METHODS
 from tdq_utils.runtime import ChannelwiseGroupNorm, Runner
 
@@ -67,6 +68,23 @@ def test_one_graph_for_all_steps_bits_and_methods(unet, scheduler, profile):
             assert torch.equal(runner(x, t).sample, unet(x, t).sample)
     assert graphs > 0
     assert counters["unique_graphs"] == graphs
+
+
+@pytest.mark.parametrize("kind", [Runner, IntegerRunner])
+def test_takes_over_everything_that_training_moves(unet, scheduler, profile, kind):
+    """Norms, biases and the layers in full precision, not the quantized weights alone; and the first model may change later."""
+    runner = kind(frozen(unet, scheduler, profile, "mse", 8, 8), scheduler, 4, compiled=False)
+    first = sample(runner, scheduler, **HOW)
+    restore(unet)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    assert torch.equal(sample(runner, scheduler, **HOW), first)
+    runner.load(frozen(unet, scheduler, profile, "mse", 8, 8))
+    fresh = kind(unet, scheduler, 4, compiled=False)
+    assert torch.equal(sample(runner, scheduler, **HOW), sample(fresh, scheduler, **HOW))
+    assert not torch.equal(sample(runner, scheduler, **HOW), first)
 
 
 @pytest.mark.parametrize("shape", [(2, 12, 5, 7), (3, 12, 6)])

@@ -29,7 +29,8 @@ FINETUNED = {
 
 
 def finetune(model, scheduler, images, method="tdq", weights=4, activations=4, iterations=600, batch=64, rate=2e-4,
-             step_rate=0.1, warmup=50, clip=1.0, ema_decay=0.99, seed=0, out=None, progress=True, **calibration):  # fmt: skip
+             step_rate=0.1, warmup=50, clip=1.0, ema_decay=0.99, distill=0.0, seed=0, out=None, progress=True,
+             **calibration):  # fmt: skip
     """Quantize a full-precision model, calibrate it, and train it on the ordinary denoising loss, in place.
 
     Each sample has its own t, so s(t) has one value a sample; afterwards :func:`tdq_utils.quantize.freeze` turns it into
@@ -44,6 +45,7 @@ def finetune(model, scheduler, images, method="tdq", weights=4, activations=4, i
             static step sizes, relative to ``rate`` (a tenth: So et al. 2023, authors' code). warmup: iterations.
             clip: norm of the gradient.
         ema_decay: of the average of weights, step sizes and generators that the model ends with.
+        distill: share of the loss that is the error against the full-precision model's prediction, 0 to 1.
         seed: of data, noise, dropout and generators. out: folder for the state, saved every minute; a run found there
             goes on, with the same losses bit for bit. progress: show bars.
         calibration: ``data`` or ``profile`` and other arguments of :func:`tdq_utils.calibration.calibrate`.
@@ -52,11 +54,17 @@ def finetune(model, scheduler, images, method="tdq", weights=4, activations=4, i
         The loss of each iteration.
 
     Raises:
-        TDQError: unknown method, a quantized model, or a loss that is not finite (the last good state stays on disk).
+        TDQError: unknown method, a quantized model, ``distill`` out of range, or a loss that is not finite (the last good
+            state stays on disk).
     """
     if method not in FINETUNED:
         raise TDQError(f"method must be one of {', '.join(FINETUNED)}; got {method!r}.")
+    if not 0 <= distill <= 1:
+        raise TDQError(
+            f"distill must be from 0 (the ordinary loss) to 1 (the full-precision model's prediction alone); got {distill}."
+        )
     rule, source = FINETUNED[method]
+    teacher = dict(teacher=copy.deepcopy(model), distill=distill) if distill else {}
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     quantize(model, weights, activations, source)
     calibrate(model, scheduler, progress=progress, **calibration)
@@ -64,7 +72,9 @@ def finetune(model, scheduler, images, method="tdq", weights=4, activations=4, i
     _learn(model, rule)
     trainer = _Trainer(model, _groups(model, rate, rate * step_rate), ema_decay, clip, out)
     try:
-        return trainer.run(partial(denoising_loss, model, images, scheduler, batch), iterations, warmup, seed, progress)
+        return trainer.run(
+            partial(denoising_loss, model, images, scheduler, batch, **teacher), iterations, warmup, seed, progress
+        )
     finally:
         model.eval().requires_grad_(False)
 

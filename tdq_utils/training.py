@@ -145,14 +145,22 @@ def iteration_generator(seed, iteration):
     return torch.Generator().manual_seed(seed * 10_000_000 + iteration)
 
 
-def denoising_loss(forward, images, scheduler, batch, generator):
-    """The ordinary DDPM loss (Ho et al. 2020, eq. 14): mean squared error of the predicted noise."""
+def denoising_loss(forward, images, scheduler, batch, generator, teacher=None, distill=0.0):
+    """The ordinary DDPM loss (Ho et al. 2020, eq. 14): mean squared error of the predicted noise.
+
+    With a ``teacher``, ``distill`` of it (0 to 1) is the error against what the teacher predicts from the same input.
+    """
     pick = torch.randint(len(images), (batch,), generator=generator)
     t = torch.randint(scheduler.config.num_train_timesteps, (batch,), generator=generator)
     eps = torch.randn(batch, *images.shape[1:], generator=generator)
     x_0, t, eps = (v.to(images.device) for v in (images[pick.to(images.device)], t, eps))
     x_t = scheduler.add_noise(x_0, eps, t).contiguous(memory_format=torch.channels_last)
-    return F.mse_loss(forward(x_t, t).sample, eps)
+    predicted = forward(x_t, t).sample
+    if teacher is None:
+        return F.mse_loss(predicted, eps)
+    with torch.no_grad():
+        taught = teacher(x_t, t).sample
+    return (1 - distill) * F.mse_loss(predicted, eps) + distill * F.mse_loss(predicted, taught)
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
 """The QAT loop: what learns at which rate, exact resume, what stops it, and that the model comes back."""
 
+import copy
 import itertools
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +14,7 @@ from tdq_utils.finetuning import FINETUNED, finetune
 from tdq_utils.quantize import activation_quantizers, quantized_layers
 from tdq_utils.quantizers import LearnedStep
 from tdq_utils.temporal import StepGenerator
+from tdq_utils.training import iteration_generator
 
 
 @pytest.fixture
@@ -112,6 +115,32 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(unet, schedule
     with pytest.raises(TDQError, match=r"must stay finite; it is nan at iteration 2. Lower rate. The last good state is in"):
         train(unet, scheduler, images, profile, out=tmp_path, iterations=5)
     assert torch.load(tmp_path / "state.pt")["iteration"] == 2
+
+
+def test_a_teacher_is_a_share_of_the_loss(unet, scheduler, images):
+    other = copy.deepcopy(unet)
+    torch.nn.init.ones_(other.conv_out.bias)
+    loss = partial(finetuning.denoising_loss, unet, images, scheduler, 4)
+    plain, taught = loss(iteration_generator(0, 0)), partial(loss, teacher=other)
+    error = taught(iteration_generator(0, 0), distill=1.0)
+    assert error > 0
+    assert loss(iteration_generator(0, 0), teacher=unet, distill=1.0) == 0
+    torch.testing.assert_close(taught(iteration_generator(0, 0), distill=0.25), 0.75 * plain + 0.25 * error)
+
+
+def test_distillation_starts_near_what_it_learns_from(unet, scheduler, images, profile):
+    """The error against the model's own full-precision prediction: far below that against the noise, and falling."""
+    plain = train(unet, scheduler, images, profile, iterations=1)[0]
+    restore(unet)
+    losses = train(unet, scheduler, images, profile, iterations=40, rate=2e-3, distill=1.0)
+    assert losses[0] < 0.5 * plain
+    assert sum(losses[-10:]) < sum(losses[:10])
+
+
+@pytest.mark.parametrize("distill", [-0.1, 1.5])
+def test_distill_is_a_share(unet, scheduler, images, distill):
+    with pytest.raises(TDQError, match=f"distill must be from 0 .* to 1 .*; got {distill}"):
+        finetune(unet, scheduler, images, distill=distill)
 
 
 def test_unknown_method(unet, scheduler, images):

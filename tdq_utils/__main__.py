@@ -31,7 +31,7 @@ def train_unet(args):
     """Train the shipped denoiser."""
     from tdq_utils.training import train_unet as train
 
-    folder = train(args.out, args.iterations, args.batch, args.seed, root=args.root, engine=args.engine, device=args.device)
+    folder = train(args.out, args.iterations, args.batch, args.seed, root=args.root, compiled=args.compile, device=args.device)
     print(f"EMA weights: {folder}")
 
 
@@ -80,6 +80,10 @@ def calibrate(args):
     print(f"W{args.weights}A{args.activations}, {args.method}: {args.out}; read it with load_quantized({str(args.out)!r})")
 
 
+SHOWN = ("question", "variant", "steps", "method", "weights_method", "weights", "activations", "repeat", "iterations", "mse",
+         "fcd", "fid", "kid", "seconds")  # fmt: skip
+
+
 def reproduce(args):
     """Measure a table of the paper; a row that is there already is not measured again."""
     from tdq_utils.ablations import ablation_jobs
@@ -88,37 +92,24 @@ def reproduce(args):
     from tdq_utils.reproduce import processes, ptq_jobs
     from tdq_utils.reproduce import reproduce as measure
 
+    if args.table == "ablations" and (args.quick or args.steps):
+        raise TDQError("--quick and --steps belong to ptq and qat; the ablations fix their own steps. Leave them out.")
     state = processes()
     model, scheduler = load_model(args.model, device=state.device if state.device.type == "cuda" else None)
     out = args.out or Path("runs") / (f"{args.table}-quick.csv" if args.quick else f"{args.table}.csv")
     images, steps = args.images or (128 if args.quick else 1000), args.steps or (10 if args.quick else 20)
     how = dict(batch_size=args.batch_size, features=args.features, cache=args.cache, engine=args.engine,
                progress=state.is_main_process)  # fmt: skip
-    jobs = {"ptq": partial(ptq_jobs, args.quick, steps), "qat": partial(qat_jobs, args.quick, steps), "ablations": ablation_jobs}
-    jobs = jobs[args.table]()
+    make = {"ptq": partial(ptq_jobs, args.quick, steps), "qat": partial(qat_jobs, args.quick, steps), "ablations": ablation_jobs}
+    jobs = make[args.table]()
     table = measure(jobs, model, scheduler, out, images, **how)
     if state.is_main_process:
-        columns = [
-            "question",
-            "variant",
-            "steps",
-            "method",
-            "weights_method",
-            "weights",
-            "activations",
-            "repeat",
-            "mse",
-            "fcd",
-            "fid",
-            "kid",
-            "seconds",
-        ]
-        print(table[[name for name in columns if name in table]].to_string(index=False, float_format="%.3g"))
+        print(table[[name for name in SHOWN if name in table]].to_string(index=False, float_format="%.3g"))
         print(f"Written to {out}")
-        if args.table == "qat":
-            curves = out.with_name(f"{out.stem}_loss.csv")
-            loss_curves(jobs, args.cache or out.parent / "cache").to_csv(curves, index=False, float_format="%.5g")
-            print(f"Losses of the trainings: {curves}")
+    if state.is_main_process and args.table == "qat":
+        curves = out.with_name(f"{out.stem}_loss.csv")
+        loss_curves(jobs, args.cache or out.parent / "cache").to_csv(curves, index=False, float_format="%.5g")
+        print(f"Losses of the trainings: {curves}")
 
 
 def bench(args):
@@ -146,40 +137,50 @@ def parser():
     top = argparse.ArgumentParser(prog="python -m tdq_utils", description="Quantization of diffusion models over time steps.")
     commands = top.add_subparsers(dest="command", required=True)
 
-    def command(function, out=None):
-        name = function.__name__.replace("_", "-")
-        sub = commands.add_parser(name, help=function.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    def command(function, out, model=True):
+        sub = commands.add_parser(
+            function.__name__.replace("_", "-"), help=function.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
         sub.set_defaults(run=function)
         if out:
             sub.add_argument("--out", type=Path, default=Path(out), help="where the results go")
+        if model:
+            sub.add_argument("--model", default="fashion-mnist", help="short name, folder or hub id")
         return sub
 
-    command(demo, "runs")
-    for sub, steps in (
-        (command(train_unet, "runs/unet"), "iterations"),
-        (command(train_classifier, "runs/classifier"), "epochs"),
-    ):
-        sub.add_argument(f"--{steps}", type=int, default=dict(iterations=5400, epochs=8)[steps], help=f"{steps} of training")
+    command(demo, "runs", model=False)
+    _training_options(command(train_unet, "runs/unet", model=False), command(train_classifier, "runs/classifier", model=False))
+    _compare_options(command(compare, "runs/compare.csv"))
+    _calibrate_options(command(calibrate, "runs/calibrated"))
+    _reproduce_options(command(reproduce, None))
+    sub = command(bench, "runs/bench")
+    sub.add_argument("--repeats", type=int, default=15, help="timed rounds")
+    sub.add_argument("--images", type=int, default=64, help="a batch")
+    sub.add_argument("--steps", type=int, default=5, help="sampling steps of a timed run")
+    return top
+
+
+def _training_options(unet, classifier):
+    for sub, steps, default in ((unet, "iterations", 5400), (classifier, "epochs", 8)):
+        sub.add_argument(f"--{steps}", type=int, default=default, help=f"{steps} of training")
         sub.add_argument("--seed", type=int, default=0, help="of weights and data order")
         sub.add_argument("--root", type=Path, help="folder with the full Fashion-MNIST (IDX files)")
-    unet = commands.choices["train-unet"]
     unet.add_argument("--batch", type=int, default=128, help="images an iteration")
     unet.add_argument("--compile", action="store_true", help="through torch.compile (needs a C++ compiler)")
     unet.add_argument("--device", default="cpu", help="cpu or cuda")
 
-    sub = command(compare, "runs/compare.csv")
-    sub.add_argument("--model", default="fashion-mnist", help="short name, folder or hub id")
-    sub.add_argument(
-        "--methods", nargs="*", default=["minmax", "mse", "learned", "table", "tdq"], help="how step sizes are chosen"
-    )
+
+def _compare_options(sub):
+    methods = ["minmax", "mse", "learned", "table", "tdq"]
+    sub.add_argument("--methods", nargs="*", default=methods, help="how step sizes are chosen")
     sub.add_argument("--weights", type=int, default=8, help="bits")
     sub.add_argument("--activations", type=int, nargs="+", default=[6, 5], help="bits")
     sub.add_argument("--images", type=int, default=256, help="seeds 0.. of this many images")
     sub.add_argument("--steps", type=int, default=20, help="sampling steps")
     sub.add_argument("--picture", type=Path, help="also draw drift and rescue (needs minmax, mse and tdq among the methods)")
 
-    sub = command(calibrate, "runs/calibrated")
-    sub.add_argument("--model", default="fashion-mnist", help="short name, folder or hub id")
+
+def _calibrate_options(sub):
     sub.add_argument("--method", default="tdq", help="how step sizes are chosen: one of calibrate's methods")
     sub.add_argument("--weights", type=int, default=8, help="bits")
     sub.add_argument("--activations", type=int, default=8, help="bits")
@@ -190,11 +191,11 @@ def parser():
     sub.add_argument("--split-skips", action="store_true", help="quantize the halves of concatenated skip inputs apart")
     sub.add_argument("--weights-method", help="adaround: learn how each weight is rounded (default: to the nearest level)")
 
-    sub = command(reproduce)
+
+def _reproduce_options(sub):
     sub.add_argument("table", choices=["ptq", "qat", "ablations"], help="post-training quantization; training; ablations of TDQ")
-    sub.add_argument("--model", default="fashion-mnist", help="short name, folder or hub id")
     sub.add_argument("--out", type=Path, help="CSV, resumed if there (default: runs/TABLE.csv)")
-    sub.add_argument("--cache", type=Path, help="folder for full-precision images (default: beside the CSV)")
+    sub.add_argument("--cache", type=Path, help="folder for full-precision images and trainings (default: beside the CSV)")
     sub.add_argument("--quick", action="store_true", help="few bits, once, 128 images, 10 steps: minutes")
     sub.add_argument("--images", type=int, help="a row (default: 1000, quick 128)")
     sub.add_argument("--steps", type=int, help="sampling steps (default: 20, quick 10)")
@@ -203,13 +204,6 @@ def parser():
     sub.add_argument(
         "--engine", default="eager", help="eager or compiled: simulation; integer: int8 kernels; the last two need g++"
     )
-
-    sub = command(bench, "runs/bench")
-    sub.add_argument("--model", default="fashion-mnist", help="short name, folder or hub id")
-    sub.add_argument("--repeats", type=int, default=15, help="timed rounds")
-    sub.add_argument("--images", type=int, default=64, help="a batch")
-    sub.add_argument("--steps", type=int, default=5, help="sampling steps of a timed run")
-    return top
 
 
 def main(argv=None):

@@ -1,8 +1,12 @@
+"""The command line."""
+
+import inspect
 import runpy
 import sys
 
 import pytest
 
+from tdq_utils import training
 from tdq_utils.__main__ import main, parser
 
 
@@ -32,3 +36,18 @@ def test_the_module_runs_as_a_program(monkeypatch, capsys):
 def test_training_defaults_are_the_shipped_recipe():
     args = parser().parse_args(["train-unet"])
     assert (args.iterations, args.batch, args.seed) == (5400, 128, 0)
+
+
+@pytest.mark.parametrize("command", ["train-unet", "train-classifier"])
+def test_training_commands_hand_their_options_on(command, monkeypatch, tmp_path, capsys):
+    """Bound to the real signature, so that an option which the function does not take fails here."""
+    name = command.replace("-", "_")
+    signature, calls = inspect.signature(getattr(training, name)), []
+    monkeypatch.setattr(training, name, lambda *args, **options: calls.append(signature.bind(*args, **options).arguments) or 0.5)
+    assert main([command, "--out", str(tmp_path), "--seed", "3"]) == 0
+    assert calls[0]["out"] == tmp_path and calls[0]["seed"] == 3
+
+
+def test_the_ablations_fix_their_own_steps(capsys):
+    assert main(["reproduce", "ablations", "--quick"]) == 2
+    assert "--quick and --steps belong to ptq and qat" in capsys.readouterr().err

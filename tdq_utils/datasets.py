@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import lzma
 import os
 import struct
 import urllib.request
@@ -18,7 +19,7 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mn
 OFFICIAL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"  # as named in its README
 
 # split -> (file stem, images, sha256 of the decompressed images, of the decompressed labels).
-# The checksums are of the contents, so that plain, gzipped and re-gzipped copies all pass.
+# The checksums are of the contents, so that plain and compressed copies all pass.
 FASHION_MNIST = {
     "test": (
         "t10k",
@@ -40,6 +41,8 @@ FASHION_MNIST = {
     ),
 }
 
+UNPACK = {".gz": gzip.decompress, ".xz": lzma.decompress, "": bytes}  # by what a file's name ends with
+
 
 def load_images(name="fashion-mnist", split="test", root=None, download=False, labels=False):
     """Load a data set as float32 images in [-1, 1].
@@ -49,7 +52,7 @@ def load_images(name="fashion-mnist", split="test", root=None, download=False, l
         split: ``"test"`` (10,000, shipped), ``"train-10k"`` (the first 10,000 training images,
             shipped) or ``"train"`` (all 60,000, looked for in ``root``, in Debian's package
             ``dataset-fashion-mnist`` and in the download cache).
-        root: folder that holds the official IDX files, plain or gzipped; only it is searched.
+        root: folder that holds the official IDX files, plain, .gz or .xz; only it is searched.
         download: fetch a missing official file into the cache (``~/.cache/tdq_utils``).
         labels: return ``(images, labels)`` instead of images alone.
 
@@ -93,8 +96,8 @@ def _read(stem, root, download, sha256):
             "holds it, install Debian's package dataset-fashion-mnist, or pass download=True."
         )
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, struct.error, gzip.zlib.error) as error:
+        raw = UNPACK[path.suffix](path.read_bytes())
+    except (OSError, EOFError, struct.error, gzip.zlib.error, lzma.LZMAError) as error:
         raise DataError(f"{path} is corrupted ({error}); delete it and fetch it again.") from error
     digest = hashlib.sha256(raw).hexdigest()
     if digest != sha256:
@@ -106,7 +109,7 @@ def _read(stem, root, download, sha256):
 
 def _find(stem, root):
     folders = [Path(root)] if root else [DATA / "fashion-mnist", DEBIAN, _cache()]
-    candidates = (folder / (stem + end) for folder in folders for end in (".gz", ""))
+    candidates = (folder / (stem + end) for folder in folders for end in UNPACK)
     return next((path for path in candidates if path.is_file()), None)
 
 

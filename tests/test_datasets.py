@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import lzma
 
 import numpy as np
 import pytest
@@ -36,8 +37,8 @@ def test_shipped_split(split):
     assert (labels.bincount(minlength=10) > 900).all() and len(labels) == 10_000
 
 
-@pytest.mark.parametrize(("end", "pack"), [("", bytes), (".gz", gzip.compress)])
-def test_folder_with_plain_or_gzipped_files(tiny, end, pack):
+@pytest.mark.parametrize(("end", "pack"), [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress)])
+def test_folder_with_plain_or_compressed_files(tiny, end, pack):
     (tiny / (IMAGES + end)).write_bytes(pack(IMAGES_RAW))
     (tiny / (LABELS + end)).write_bytes(pack(LABELS_RAW))
     images, labels = load_images(split="train", root=tiny, labels=True)
@@ -58,8 +59,10 @@ def flipped(raw):
         (".gz", gzip.compress(IMAGES_RAW)[:-100]),
         (".gz", gzip.compress(flipped(IMAGES_RAW))),
         (".gz", b"<html>not found</html>"),
+        (".xz", lzma.compress(IMAGES_RAW)[:-100]),
+        (".xz", b"<html>not found</html>"),
     ],
-    ids=["flipped", "truncated", "flipped-gz", "truncated-gz", "gz-of-flipped", "not-gz"],
+    ids=["flipped", "truncated", "flipped-gz", "truncated-gz", "gz-of-flipped", "not-gz", "truncated-xz", "not-xz"],
 )
 def test_damaged_file_is_named(tiny, end, contents):
     (tiny / (IMAGES + end)).write_bytes(contents)

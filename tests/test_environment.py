@@ -60,7 +60,7 @@ def test_data_checksums_match_the_readme():
 
     text = (ROOT / "data" / "README.md").read_text()
     listed = {path: digest for digest, path in re.findall(r"^([0-9a-f]{64})  (\S+)$", text, flags=re.M)}
-    binary = {".gz", ".safetensors", ".npz"}
+    binary = {".gz", ".xz", ".safetensors", ".npz"}
     present = {str(p.relative_to(ROOT / "data")) for p in (ROOT / "data").rglob("*") if p.suffix in binary}
     assert set(listed) == present
     for path, digest in listed.items():

@@ -1,5 +1,6 @@
 """The table of quantization-aware training: every method in one loop, with its controls."""
 
+import copy
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -9,6 +10,7 @@ import pandas as pd
 
 from tdq_utils.datasets import load_images
 from tdq_utils.finetuning import finetune
+from tdq_utils.quantize import freeze
 from tdq_utils.reproduce import CALIBRATION, Job
 from tdq_utils.storage import save_quantized
 
@@ -46,7 +48,7 @@ class QatJob(Job):
         return CALIBRATION, self.calibrated_steps
 
     def prepare(self, model, scheduler, calibration, folder):
-        """Train in place, or calibrate. Goes on from ``folder``; leaves there ``model/``, quantized, and ``loss.csv``."""
+        """Train in place, or calibrate. Goes on from ``folder``; leaves there ``loss.csv`` and ``model/``: frozen, packed."""
         if self.iterations == 0:
             return super().prepare(model, scheduler, calibration, folder)
         data, _ = calibration()
@@ -55,7 +57,9 @@ class QatJob(Job):
         how = dict(iterations=self.iterations, batch=self.batch, seed=self.repeat, step_rate=self.step_rate, out=folder)
         losses = finetune(model, scheduler, _training_images(), method, **bits, **how, data=data, progress=False)
         pd.DataFrame({"loss": losses}).to_csv(folder / "loss.csv", index_label="iteration", float_format="%.5g")
-        save_quantized(model, folder / "model", packed=self.weights > 0)
+        frozen = copy.deepcopy(model)
+        freeze(frozen, scheduler, max(SAMPLED_STEPS))  # whose time steps include those of all the others
+        save_quantized(frozen, folder / "model", packed=self.weights > 0)
         return dict(loss=np.mean(losses[-100:]))
 
 

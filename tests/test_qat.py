@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from tdq_utils import load_quantized, qat
+from tdq_utils import load_quantized, qat, sample
 from tdq_utils import reproduce as module
 from tdq_utils.finetuning import FINETUNED, _Trainer
 from tdq_utils.qat import BITS, HEADLINE, QatJob, loss_curves, qat_jobs
@@ -88,10 +88,9 @@ def test_sampling_a_trained_model_with_other_steps_trains_nothing(trained, monke
     assert table.loss[0] == table.loss[1] and table.fcd[0] != table.fcd[1]
 
 
-def test_a_model_left_behind_is_the_one_that_was_measured(trained, scheduler, tmp_path):
-    from tdq_utils import sample
-
-    table = trained([QatJob("full precision", steps=2), QatJob("lsq", 4, 4, steps=2, iterations=2, batch=4)])
-    model = load_quantized(next((tmp_path / "cache").glob("lsq-*")) / "model")
+@pytest.mark.parametrize("method", ["lsq", "tdq"])
+def test_a_model_left_behind_is_the_one_that_was_measured(trained, scheduler, tmp_path, method):
+    table = trained([QatJob("full precision", steps=2), QatJob(method, 4, 4, steps=2, iterations=2, batch=4)])
+    model = load_quantized(next((tmp_path / "cache").glob(f"{method}-*")) / "model")
     images = sample(model, scheduler, range(3), 2, batch_size=3, progress=False)
     assert images.square().mean().item() == pytest.approx(table.fcd[1], rel=1e-4)

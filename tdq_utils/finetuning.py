@@ -28,7 +28,7 @@ FINETUNED = {
 }
 
 
-def finetune(model, scheduler, images, method="tdq", weights=4, activations=4, iterations=600, batch=64, rate=2e-4,
+def finetune(model, scheduler, images, method="tdq", weights=4, activations=4, iterations=600, batch=64, rate=6e-4,
              step_rate=0.1, warmup=50, clip=1.0, ema_decay=0.99, distill=0.0, seed=0, out=None, progress=True,
              **calibration):  # fmt: skip
     """Quantize a full-precision model, calibrate it, and train it on the ordinary denoising loss, in place.

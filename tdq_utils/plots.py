@@ -284,12 +284,14 @@ def lines_over_t(curves, ylabel, title, ax=None, marker=None, log=False):
     """Curves over t, such as step sizes or errors of several methods.
 
     Args:
-        curves: ``{label: (t, values)}``; labels that are methods get the method's colour.
+        curves: ``{label: (t, values)}``; labels that are methods get the method's colour, others one that is left.
     """
     ax = axes_of(ax)
+    taken = [COLOURS[label] for label in curves if label in COLOURS]
+    spare = (colour for colour in PALETTE if colour not in taken)
     styles = {"mse": "--", "minmax": "--", "learned": "--", "table": ":"}
     for label, (t, values) in curves.items():
-        ax.plot(t, values, label=label, color=COLOURS.get(label), ls=styles.get(label, "-"), marker=marker)
+        ax.plot(t, values, label=label, color=COLOURS.get(label) or next(spare), ls=styles.get(label, "-"), marker=marker)
     _time_axis(ax)
     ax.set(ylabel=ylabel, title=title, yscale="log" if log else "linear")
     ax.legend(fontsize=8)

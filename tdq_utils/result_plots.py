@@ -103,14 +103,17 @@ def ratio_bars(table, baseline, title=None):
     return ax.figure
 
 
-def variant_bars(table, question, measure="fcd", title=None):
+def variant_bars(table, question, measure="fcd", title=None, references=None):
     """One question of the ablation table: a bar a variant, a colour a method; whiskers from least to greatest repeat.
 
     Args:
         table: rows of :func:`tdq_utils.ablations.ablation_jobs`. question: of ``VARIANTS``. measure: as above.
+        references: ``{label: value}``, drawn as dashed lines, for scale.
     """
     rows = table[table.question == question]
     variants, methods = list(dict.fromkeys(rows.variant)), list(dict.fromkeys(rows.method))
+    if all(variant.isdigit() for variant in variants):
+        variants.sort(key=int)
     ax, height = plots.axes_of(None, 7, 0.45 * len(variants) * len(methods) ** 0.6 + 1), 0.8 / len(methods)
     for i, method in enumerate(methods):
         by = rows[rows.method == method].groupby("variant")[measure].agg(["mean", "min", "max"]).reindex(variants)
@@ -122,7 +125,9 @@ def variant_bars(table, question, measure="fcd", title=None):
     ax.invert_yaxis()
     ax.set(xlabel=LABELS[measure], title=title or question)
     ax.grid(axis="y", visible=False)
-    if len(methods) > 1:
+    for (label, value), style in zip((references or {}).items(), cycle(["--", ":"]), strict=False):
+        ax.axvline(value, color="0.35", ls=style, label=label)
+    if len(methods) > 1 or references:
         ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return ax.figure
 

@@ -61,3 +61,10 @@ def test_truncation_and_rounding_add_up_to_the_error(profile):
     truncation, rounding = plots.split_error(values, counts, s, grid)
     assert truncation[0] > 0
     np.testing.assert_allclose(truncation + rounding, squared_error(values, counts, s, grid) / counts.sum(1), rtol=1e-5)
+
+
+def test_lines_over_t_never_share_a_colour():
+    t = [999, 499]
+    ax = plots.lines_over_t({label: (t, [1, 2]) for label in ("calibrated", "tdq", "raw t", "mse")}, "s", "title").axes[0]
+    colours = [line.get_color() for line in ax.lines]
+    assert len(set(colours)) == 4 and colours[1] == plots.COLOURS["tdq"]

@@ -22,9 +22,10 @@ lab: $(READY)  ## JupyterLab on the quickstart
 ENGINE ?= integer
 MEASURE = $(BIN)/python -m tdq_utils reproduce $(1) --out data/results/$(1).csv --cache runs/cache --engine $(ENGINE) --batch-size 64
 
-reproduce: $(READY)  ## the tables of post-training quantization and its ablations, hours; stopped any time, it goes on where it was
+reproduce: $(READY)  ## the tables of post-training quantization, its ablations and training, hours; stopped, it goes on where it was
 	$(call MEASURE,ptq)
 	$(call MEASURE,ablations)
+	$(call MEASURE,qat)
 
 bench: $(READY)  ## time and memory in floats, simulated and in integers, as ratios measured in one run
 	$(BIN)/python -m tdq_utils bench --out data/results

@@ -5,7 +5,7 @@ from torch.autograd.function import once_differentiable
 
 from tdq_utils.quantizers import fake_quantize
 
-PACT_DECAY = 1e-4  # about what balances the pull of the clipped values, in the median layer of the shipped model at 4 bits
+PACT_DECAY = 1e-4  # what balances the pull of clipped values is 1e-5 to 8e-4 in the shipped model's convolutions, at 4 bits
 
 
 def lsq(x, s, grid):

@@ -6,6 +6,7 @@ from numbers import Integral
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from tdq_utils.errors import TDQError
 
@@ -86,15 +87,36 @@ def fake_quantize(x, s, grid, grad_factor=1.0):
     Returns:
         Tensor like ``x``.
     """
-    zero = grid.zero(s)
     if torch.is_grad_enabled() and (x.requires_grad or s.requires_grad):
-        zero, lo, hi = zero.to(x.dtype), grid.q_min, grid.q_max
+        return _LSQ.apply(x, s, grid, grad_factor)
+    return _rounded(x, s, grid)
+
+
+class _LSQ(torch.autograd.Function):
+    """Torch's fused learnable operators, with a forward pass of the same bits that is vectorized on CPUs (6 times faster)."""
+
+    @staticmethod
+    def forward(ctx, x, s, grid, grad_factor):
+        ctx.save_for_backward(x, s)
+        ctx.grid, ctx.grad_factor = grid, grad_factor
+        return _rounded(x, s, grid)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, s = ctx.saved_tensors
+        zero, end = ctx.grid.zero(s).to(x.dtype), (ctx.grid.q_min, ctx.grid.q_max, ctx.grad_factor)
         if s.numel() == 1:
-            op = torch._fake_quantize_learnable_per_tensor_affine
-            return op(x, s.reshape(1), zero.reshape(1), lo, hi, grad_factor)
-        op = torch._fake_quantize_learnable_per_channel_affine
-        return op(x, s, zero, 0, lo, hi, grad_factor)
-    # Same values without a gradient; vectorised on CPUs, unlike the fused operators (6 times faster).
+            op = torch.ops.aten._fake_quantize_learnable_per_tensor_affine_backward
+            to_x, to_s, _ = op(grad, x, s.reshape(1), zero.reshape(1), *end)
+        else:
+            op = torch.ops.aten._fake_quantize_learnable_per_channel_affine_backward
+            to_x, to_s, _ = op(grad, x, s, zero, 0, *end)
+        return to_x, to_s.view(s.shape), None, None
+
+
+def _rounded(x, s, grid):
+    zero = grid.zero(s)
     if s.numel() > 1:
         s, zero = (v.view(-1, *[1] * (x.dim() - 1)) for v in (s, zero))
     q = x.mul(1.0 / s).round_()

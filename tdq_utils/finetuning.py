@@ -117,7 +117,8 @@ class _Trainer:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         saved = time.monotonic()
         self.model.train()
-        for i in (bar := tqdm(range(start, iterations), initial=start, total=iterations, desc="finetune", disable=not progress)):
+        todo = range(start, iterations)
+        for i in (bar := tqdm(todo, initial=start, total=iterations, desc="finetune", disable=not progress, leave=False)):
             for group in self.optimizer.param_groups:
                 group["lr"] = group["rate"] * min((i + 1) / warmup, (1 + math.cos(math.pi * i / iterations)) / 2)
             log.append(self._step(loss_of, i, seed))

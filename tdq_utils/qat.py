@@ -47,15 +47,15 @@ class QatJob(Job):
         """``(trajectories, steps)`` that calibration sees."""
         return CALIBRATION, self.calibrated_steps
 
-    def prepare(self, model, scheduler, calibration, folder):
+    def prepare(self, model, scheduler, calibration, folder, progress=False):
         """Train in place, or calibrate. Goes on from ``folder``; leaves there ``loss.csv`` and ``model/``: frozen, packed."""
         if self.iterations == 0:
-            return super().prepare(model, scheduler, calibration, folder)
+            return super().prepare(model, scheduler, calibration, folder, progress)
         data, _ = calibration()
         bits = dict(weights=self.weights or None, activations=self.activations or None)
         method = "lsq" if self.method == "fine-tuned" else self.method
         how = dict(iterations=self.iterations, batch=self.batch, seed=self.repeat, step_rate=self.step_rate, out=folder)
-        losses = finetune(model, scheduler, _training_images(), method, **bits, **how, data=data, progress=False)
+        losses = finetune(model, scheduler, _training_images(), method, **bits, **how, data=data, progress=progress)
         pd.DataFrame({"loss": losses}).to_csv(folder / "loss.csv", index_label="iteration", float_format="%.5g")
         frozen = copy.deepcopy(model)
         freeze(frozen, scheduler, max(SAMPLED_STEPS))  # whose time steps include those of all the others

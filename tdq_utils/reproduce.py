@@ -77,12 +77,12 @@ class Job:
         """Whether a table meets steps that it was not calibrated for."""
         return False
 
-    def prepare(self, model, scheduler, calibration, folder):
+    def prepare(self, model, scheduler, calibration, folder, progress=False):
         """Quantize and calibrate the model, in place.
 
         Args:
             calibration: function -> ``(data, profile)`` that calibration sees; the profile is ``None`` before the model is
-                quantized. folder: for what a long preparation keeps to go on from.
+                quantized. folder: for what a long preparation keeps to go on from. progress: show bars.
 
         Returns:
             Further columns of the row.
@@ -90,7 +90,7 @@ class Job:
         quantize(model, self.weights or None, self.activations or None, self.method, **self.quantization)
         data, profile = calibration()
         weights_method = "adaround" if self.weights_method == "adaround" else None
-        calibrate(model, scheduler, data=data, profile=profile, weights_method=weights_method, progress=False, **self.options)
+        calibrate(model, scheduler, data=data, profile=profile, weights_method=weights_method, progress=progress, **self.options)
         return {}
 
 
@@ -148,7 +148,7 @@ def reproduce(jobs, model, scheduler, out, images=1000, batch_size=16, features=
     _check_protocol(done.values(), protocol, {job.steps for job in jobs}, out)
     # Dealt out before looking at what is done: processes that start seconds apart still agree.
     mine = [job for job in jobs[state.process_index :: state.num_processes] if tuple(asdict(job).values()) not in done]
-    bench = _Bench(model, scheduler, images, batch_size, features, Path(cache or Path(out).parent / "cache"), engine)
+    bench = _Bench(model, scheduler, images, batch_size, features, Path(cache or Path(out).parent / "cache"), engine, progress)
     bar = tqdm(mine, desc=f"reproduce {Path(out).name}", disable=not progress)
     for job in bar:
         bar.set_postfix_str(f"{job.method} W{job.weights}A{job.activations} #{job.repeat}")
@@ -197,9 +197,9 @@ def _stream(distances, batches, clean):
 class _Bench:
     """Measures one job after the other; keeps what several share."""
 
-    def __init__(self, model, scheduler, images, batch_size, features, cache, engine):
+    def __init__(self, model, scheduler, images, batch_size, features, cache, engine, progress):
         self.model, self.scheduler, self.images, self.batch_size = model, scheduler, images, batch_size
-        self.features, self.cache, self.engine = features, cache, engine
+        self.features, self.cache, self.engine, self.progress = features, cache, engine, progress
         self.calibrated_on, self.profiles, self.runners, self.compiled = None, {}, {}, None
 
     def measure(self, job):
@@ -212,7 +212,8 @@ class _Bench:
             _stream(distances, (torch.from_numpy(part.copy()) for part in _parts(clean)), clean)
         else:
             try:
-                further = job.prepare(self.model, self.scheduler, partial(self._calibration, job), self.cache / job.name)
+                calibrated = partial(self._calibration, job)
+                further = job.prepare(self.model, self.scheduler, calibrated, self.cache / job.name, self.progress)
                 calibration = time.perf_counter() - start
                 freeze(self.model, self.scheduler, job.steps, nearest=job.transfers)
                 _stream(distances, self._batches(job, self._runner(job)), clean)

@@ -188,8 +188,18 @@ def training_labels(table):
     return pd.Series([label(row) for row in table.itertuples()], table.index)
 
 
-def loss_lines(curves, title=None):
-    """Training loss against iterations, a line a method, a panel a pair of bits (:func:`tdq_utils.qat.loss_curves`)."""
+def loss_lines(curves, above=None, title=None):
+    """Training loss against iterations, a line a method, a panel a pair of bits; means over repeats.
+
+    Args:
+        curves: of :func:`tdq_utils.qat.loss_curves`.
+        above: a method without bits, such as "fine-tuned", whose loss on the same batches (the same repeat) is subtracted:
+            batches differ far more than methods do.
+    """
+    if above:
+        floor = curves[curves.method == above].set_index(["repeat", "iteration"]).loss
+        curves = curves[curves.method != above].join(floor, on=["repeat", "iteration"], rsuffix="_above", how="inner")
+        curves = curves.assign(loss=curves.loss - curves.loss_above)
     pairs = list(curves[["weights", "activations"]].drop_duplicates().itertuples(index=False))
     fig, axes = plt.subplots(1, len(pairs), figsize=(4 * len(pairs) + 1.5, 3.2), layout="constrained", squeeze=False, sharey=True)
     for ax, (w, a) in zip(axes[0], pairs, strict=True):
@@ -197,8 +207,8 @@ def loss_lines(curves, title=None):
         for method, lines in group.groupby("method", sort=False):
             mean = lines.groupby("iteration").loss.mean()
             ax.plot(mean.index, mean, color=plots.COLOURS[method], marker=MARKERS[method], ms=4, lw=1.2, label=NAMES[method])
-        ax.set(xlabel="iteration", title=f"W{w}A{a}" if w else "no quantizer")
-    axes[0, 0].set_ylabel("denoising loss (mean squared error)")
+        ax.set(xlabel="iteration", title=f"W{w}A{a}" if w else "no quantizer", yscale="log" if above else "linear")
+    axes[0, 0].set_ylabel("denoising loss (squared error)" + (f",\nabove {NAMES[above]}" if above else ""))
     axes[0, -1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     if title:
         fig.suptitle(title, x=0.01, ha="left", fontsize="medium")

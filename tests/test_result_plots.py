@@ -121,3 +121,17 @@ def test_a_line_a_training():
     )
     ax = result_plots.loss_lines(curves, title="title").axes[0]
     assert {line.get_label(): line.get_ydata().tolist() for line in ax.lines} == {"LSQ": [4, 3], "TDQ": [2, 1]}
+
+
+def test_loss_lines_above_another_method():
+    methods = ["fine-tuned", "lsq"]
+    curves = pd.DataFrame(
+        [
+            dict(method=method, weights=4 * i, activations=4 * i, repeat=repeat, iteration=20, loss=[1, 4 + repeat][i])
+            for i, method in enumerate(methods)
+            for repeat in range(3 - i)  # a repeat without the other method does not count
+        ]
+    )
+    (ax,) = result_plots.loss_lines(curves, above="fine-tuned").axes
+    assert {line.get_label(): line.get_ydata().tolist() for line in ax.lines} == {"LSQ": [3.5]}
+    assert "above full precision, fine-tuned" in ax.get_ylabel()

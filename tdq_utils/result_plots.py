@@ -170,10 +170,16 @@ def training_bars(table, measure="fcd", title=None):
         ax.axvline(table.loc[table.method == "full precision", measure].mean(), color="0.35", ls="--", label="full precision")
         ax.set(xlabel=LABELS[measure].replace(" (", "\n("), title=f"W{w}A{a}")
         ax.grid(axis="y", visible=False)
-    axes[0, 0].legend(fontsize=8)
+    _legend_beside(axes[0])
     if title:
         fig.suptitle(title, x=0.01, ha="left", fontsize="medium")
     return fig
+
+
+def _legend_beside(axes):
+    """One legend for all panels, right of the last."""
+    lines = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    axes[-1].legend(lines.values(), lines, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def training_labels(table):
@@ -209,7 +215,7 @@ def loss_lines(curves, above=None, title=None):
             ax.plot(mean.index, mean, color=plots.COLOURS[method], marker=MARKERS[method], ms=4, lw=1.2, label=NAMES[method])
         ax.set(xlabel="iteration", title=f"W{w}A{a}" if w else "no quantizer", yscale="log" if above else "linear")
     axes[0, 0].set_ylabel("denoising loss (squared error)" + (f",\nabove {NAMES[above]}" if above else ""))
-    axes[0, -1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    _legend_beside(axes[0])
     if title:
         fig.suptitle(title, x=0.01, ha="left", fontsize="medium")
     return fig

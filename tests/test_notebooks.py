@@ -26,7 +26,7 @@ def code_cells(notebook):
 def test_there_are_notebooks():
     numbers = [p.name[:2] for p in NOTEBOOKS]
     assert all(number.isdigit() for number in numbers) and len(set(numbers)) == len(numbers)
-    assert len(NOTEBOOKS) >= 8
+    assert len(NOTEBOOKS) >= 9
 
 
 @each_notebook

@@ -93,7 +93,7 @@ def fake_quantize(x, s, grid, grad_factor=1.0):
 
 
 class _LSQ(torch.autograd.Function):
-    """Torch's fused learnable operators, with a forward pass of the same bits that is vectorized on CPUs (6 times faster)."""
+    """Torch's fused learnable operators, with a forward pass of the same bits that is vectorized on CPUs."""
 
     @staticmethod
     def forward(ctx, x, s, grid, grad_factor):

@@ -20,7 +20,8 @@ from tdq_utils.quantize import (
     full_precision,
     quantized_layers,
 )
-from tdq_utils.quantizers import LearnedStep, StaticStep, TableStep, mse_step, squared_error
+from tdq_utils.quantizers import mse_step, squared_error
+from tdq_utils.step_sizes import LearnedStep, StaticStep, TableStep
 from tdq_utils.temporal import StepGenerator
 
 

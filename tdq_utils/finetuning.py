@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 from tdq_utils.calibration import calibrate
 from tdq_utils.errors import TDQError
 from tdq_utils.quantize import activation_quantizers, checked_state, quantize, quantized_layers
-from tdq_utils.quantizers import LearnedStep
 from tdq_utils.rules import RULES
+from tdq_utils.step_sizes import LearnedStep
 from tdq_utils.training import denoising_loss, iteration_generator, load_state, save_state
 
 # method -> (rule of the gradient, where step sizes come from)

@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from tdq_utils.errors import TDQError
-from tdq_utils.quantizers import ActivationQuantizer, DynamicStep, TimeSteps, fake_quantize, mse_step
+from tdq_utils.quantizers import ActivationQuantizer, fake_quantize, mse_step
 from tdq_utils.rules import lsq
+from tdq_utils.step_sizes import DynamicStep, TimeSteps
 
 
 class QuantizedLayer(nn.Module):

@@ -9,13 +9,9 @@ import torch
 from tdq_utils.errors import TDQError
 from tdq_utils.layers import TWINS, Clock, SplitQuantizer, twin
 from tdq_utils.profiling import half_names
-from tdq_utils.quantizers import (
-    Grid,
-    LearnedStep,
-    StaticStep,
-    TableStep,
-)
+from tdq_utils.quantizers import Grid
 from tdq_utils.sampling import timesteps
+from tdq_utils.step_sizes import LearnedStep, StaticStep, TableStep
 from tdq_utils.temporal import StepGenerator
 
 CALIBRATED = ("minmax", "momentum", "percentile", "mse", "ptq4dm", "learned", "table", "tdq")

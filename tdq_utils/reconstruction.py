@@ -7,7 +7,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from tdq_utils.quantize import activation_quantizers, checked_state, full_precision, quantized_layers, round_weights
-from tdq_utils.quantizers import LearnedStep, TimeSteps
+from tdq_utils.step_sizes import LearnedStep, TimeSteps
 from tdq_utils.temporal import StepGenerator
 
 TARGETS = ("block", "noise")

@@ -8,8 +8,9 @@ from torch import nn
 from tdq_utils.errors import TDQError
 from tdq_utils.layers import SplitQuantizer
 from tdq_utils.quantize import activation_quantizers, checked_state, frozen_step, full_precision, quantized_layers
-from tdq_utils.quantizers import SILU_MIN, DynamicStep, StaticStep, TableStep
+from tdq_utils.quantizers import SILU_MIN
 from tdq_utils.sampling import timesteps
+from tdq_utils.step_sizes import DynamicStep, StaticStep, TableStep
 from tdq_utils.temporal import StepGenerator
 
 
@@ -195,7 +196,7 @@ class RowQuantizer(nn.Module):
 class RangeQuantizer(RowQuantizer):
     """Fake-quantizes with the min-max interval of the input at hand, on the grid that its range asks for.
 
-    The same as :class:`tdq_utils.quantizers.DynamicStep` with ``Grid.for_range``, without leaving the graph.
+    The same as :class:`tdq_utils.step_sizes.DynamicStep` with ``Grid.for_range``, without leaving the graph.
 
     Args:
         per: ``"tensor"`` or ``"sample"``.

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from tdq_utils.errors import DataError, TDQError
 from tdq_utils.layers import weight_levels
 from tdq_utils.quantize import activation_quantizers, checked_state, quantize, quantized_layers, round_weights
-from tdq_utils.quantizers import DynamicStep, Grid, LearnedStep, StaticStep, TableStep
+from tdq_utils.quantizers import Grid
+from tdq_utils.step_sizes import DynamicStep, LearnedStep, StaticStep, TableStep
 from tdq_utils.temporal import FourierFeatures, RawTime, StepGenerator
 
 FORMAT = 1

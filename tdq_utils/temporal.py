@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tdq_utils.errors import TDQError
-from tdq_utils.quantizers import StepSize, TableStep
+from tdq_utils.step_sizes import StepSize, TableStep
 
 
 class FourierFeatures(nn.Module):

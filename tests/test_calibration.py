@@ -9,7 +9,8 @@ from torch import nn
 from tdq_utils import calibrate, freeze, quantize
 from tdq_utils.errors import TDQError
 from tdq_utils.quantize import CALIBRATED, quantized_layers
-from tdq_utils.quantizers import SILU_MIN, LearnedStep, StaticStep, TableStep, TimeSteps, fake_quantize, squared_error
+from tdq_utils.quantizers import SILU_MIN, fake_quantize, squared_error
+from tdq_utils.step_sizes import LearnedStep, StaticStep, TableStep, TimeSteps
 from tdq_utils.temporal import StepGenerator
 
 

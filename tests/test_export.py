@@ -12,7 +12,8 @@ from tdq_utils import calibrate, export, freeze, quantize, sample
 from tdq_utils.errors import TDQError
 from tdq_utils.export import OnnxModel, export_float, export_onnx, kernels
 from tdq_utils.quantize import activation_quantizers, full_precision
-from tdq_utils.quantizers import SILU_MIN, Grid, TableStep
+from tdq_utils.quantizers import SILU_MIN, Grid
+from tdq_utils.step_sizes import TableStep
 
 VISITED = {999: 0.02, 749: 0.03, 499: 0.05, 249: 0.1}  # t, and the step size at it
 WEIGHTS = 7  # bits whose sums are right on any processor

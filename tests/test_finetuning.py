@@ -12,7 +12,7 @@ from tdq_utils import finetuning, freeze, load_quantized, restore, sample, save_
 from tdq_utils.errors import TDQError
 from tdq_utils.finetuning import FINETUNED, finetune
 from tdq_utils.quantize import activation_quantizers, quantized_layers
-from tdq_utils.quantizers import LearnedStep
+from tdq_utils.step_sizes import LearnedStep
 from tdq_utils.temporal import StepGenerator
 from tdq_utils.training import iteration_generator
 

@@ -7,7 +7,8 @@ from torch import nn
 from tdq_utils import quantize
 from tdq_utils.errors import TDQError
 from tdq_utils.layers import twin
-from tdq_utils.quantizers import Grid, StaticStep, TimeSteps, fake_quantize
+from tdq_utils.quantizers import Grid, fake_quantize
+from tdq_utils.step_sizes import StaticStep, TimeSteps
 
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 4), (2, 5, 6)),

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from tdq_utils.errors import TDQError
-from tdq_utils.quantizers import Grid, TimeSteps, fake_quantize
+from tdq_utils.quantizers import Grid, fake_quantize
+from tdq_utils.step_sizes import TimeSteps
 from tdq_utils.temporal import FourierFeatures, RawTime, StepGenerator
 
 ALL_T = torch.arange(1000)

@@ -94,13 +94,17 @@ def reproduce(args):
 
     if args.table == "ablations" and (args.quick or args.steps):
         raise TDQError("--quick and --steps belong to ptq and qat; the ablations fix their own steps. Leave them out.")
+    if args.iterations is not None and (args.table != "qat" or args.iterations < 1):
+        raise TDQError(f"--iterations belongs to qat, and must be 1 or more; got {args.iterations} for {args.table}.")
     state = processes()
     model, scheduler = load_model(args.model, device=state.device if state.device.type == "cuda" else None)
     out = args.out or Path("runs") / (f"{args.table}-quick.csv" if args.quick else f"{args.table}.csv")
     images, steps = args.images or (128 if args.quick else 1000), args.steps or (10 if args.quick else 20)
     how = dict(batch_size=args.batch_size, features=args.features, cache=args.cache, engine=args.engine,
                progress=state.is_main_process)  # fmt: skip
-    make = {"ptq": partial(ptq_jobs, args.quick, steps), "qat": partial(qat_jobs, args.quick, steps), "ablations": ablation_jobs}
+    iterations = args.iterations or (30 if args.quick else 600)
+    make = {"ptq": partial(ptq_jobs, args.quick, steps), "qat": partial(qat_jobs, args.quick, steps, iterations),
+            "ablations": ablation_jobs}  # fmt: skip
     jobs = make[args.table]()
     table = measure(jobs, model, scheduler, out, images, **how)
     if state.is_main_process:
@@ -199,6 +203,7 @@ def _reproduce_options(sub):
     sub.add_argument("--quick", action="store_true", help="few bits, once, 128 images, 10 steps: minutes")
     sub.add_argument("--images", type=int, help="a row (default: 1000, quick 128)")
     sub.add_argument("--steps", type=int, help="sampling steps (default: 20, quick 10)")
+    sub.add_argument("--iterations", type=int, help="qat: of training (default: 600, quick 30; more on a GPU)")
     sub.add_argument("--features", default="classifier", help="classifier (FCD) or inception (FID; needs the extra of that name)")
     sub.add_argument("--batch-size", type=int, default=16, help="images at a time; hundreds on a GPU")
     sub.add_argument(

@@ -17,6 +17,7 @@ from tdq_utils.storage import save_quantized
 BITS = ((4, 4), (3, 3), (4, 8), (8, 8))
 HEADLINE = (4, 4)  # gets a second repeat, and TDQ on the other rules
 METHODS = ("lsq", "tdq", "pact", "nipq")
+LONGER = 4  # times the iterations, once for LSQ and TDQ: what the difference comes to
 SAMPLED_STEPS = (10, 50, 100)  # at which full precision, LSQ and TDQ are sampled, too
 UNTRAINED = ("mse", "tdq")  # what post-training quantization does at the same bits
 
@@ -70,9 +71,9 @@ def _training_images():
 
 
 def qat_jobs(quick=False, steps=20, iterations=600, batch=64):
-    """The jobs of the table, most wanted first. ``quick``: W4A4 with LSQ and TDQ, 30 iterations."""
+    """The jobs of the table, most wanted first. ``quick``: W4A4 with LSQ and TDQ alone."""
     untrained = QatJob("full precision", steps=steps, iterations=0, batch=0, step_rate=0.0, calibrated_steps=steps)
-    trained = replace(untrained, iterations=30 if quick else iterations, batch=batch, step_rate=0.1)
+    trained = replace(untrained, iterations=iterations, batch=batch, step_rate=0.1)
     if quick:
         return _controls(untrained) + _methods(untrained, trained, HEADLINE, METHODS[:2])
     jobs = []
@@ -84,7 +85,9 @@ def qat_jobs(quick=False, steps=20, iterations=600, batch=64):
         jobs += [replace(constants, step_rate=1.0), replace(learned, method="fine-tuned")]
         compared = [job for job in jobs if job.repeat == repeat and (job.method == "full precision" or _leads(job))]
         jobs += [replace(job, steps=other) for other in SAMPLED_STEPS for job in compared]
-    return jobs + [job for bits in BITS if bits != HEADLINE for job in _methods(untrained, trained, bits, METHODS)]
+    others = [job for bits in BITS if bits != HEADLINE for job in _methods(untrained, trained, bits, METHODS)]
+    longer = replace(trained, iterations=LONGER * iterations, weights=HEADLINE[0], activations=HEADLINE[1])
+    return jobs + others + [replace(longer, method=method) for method in METHODS[:2]]
 
 
 def _controls(job):
@@ -107,14 +110,14 @@ def loss_curves(jobs, cache, every=20):
     """The losses that the trainings among ``jobs`` left in ``cache``, as means of ``every`` iterations.
 
     Returns:
-        DataFrame with columns ``method``, ``weights``, ``activations``, ``repeat``, ``step_rate``, ``iteration`` (the last of
-        each mean), ``loss``.
+        DataFrame with columns ``method``, ``weights``, ``activations``, ``repeat``, ``iterations`` (of the whole training),
+        ``step_rate``, ``iteration`` (the last of each mean), ``loss``.
     """
     parts = []
     for name, job in {job.name: job for job in jobs if job.iterations}.items():
         if (path := Path(cache) / name / "loss.csv").exists():
             loss = pd.read_csv(path).loss
             means = loss.groupby(loss.index // every).mean()
-            who = {key: getattr(job, key) for key in ("method", "weights", "activations", "repeat", "step_rate")}
+            who = {key: getattr(job, key) for key in ("method", "weights", "activations", "repeat", "iterations", "step_rate")}
             parts.append(pd.DataFrame(dict(**who, iteration=(means.index + 1) * every, loss=means)))
     return pd.concat(parts, ignore_index=True)

@@ -184,12 +184,14 @@ def _legend_beside(axes):
 
 def training_labels(table):
     """What a row of the training table is, for readers: ``Series`` with the index of ``table``."""
+    usual = table.iterations[table.iterations > 0].min()
 
     def label(row):
         name = NAMES.get(row.method, row.method)
         if row.weights and not row.iterations:
             return f"{name}: calibrated only"
-        return f"{name}, constants at full rate" if row.step_rate == 1 else name
+        name += ", constants at full rate" if row.step_rate == 1 else ""
+        return f"{name}, {row.iterations} iterations" if row.iterations > usual else name
 
     return pd.Series([label(row) for row in table.itertuples()], table.index)
 
@@ -198,7 +200,7 @@ def loss_lines(curves, above=None, title=None):
     """Training loss against iterations, a line a method, a panel a pair of bits; means over repeats.
 
     Args:
-        curves: of :func:`tdq_utils.qat.loss_curves`.
+        curves: of :func:`tdq_utils.qat.loss_curves`, of trainings of one length.
         above: a method without bits, such as "fine-tuned", whose loss on the same batches (the same repeat) is subtracted:
             batches differ far more than methods do.
     """

@@ -9,7 +9,7 @@ import torch
 from tdq_utils import load_quantized, qat, sample
 from tdq_utils import reproduce as module
 from tdq_utils.finetuning import FINETUNED, _Trainer
-from tdq_utils.qat import BITS, HEADLINE, QatJob, loss_curves, qat_jobs
+from tdq_utils.qat import BITS, HEADLINE, LONGER, QatJob, loss_curves, qat_jobs
 from tdq_utils.quantize import METHODS
 
 
@@ -24,6 +24,10 @@ def test_every_method_at_every_pair_of_bits_with_controls_and_each_row_once():
     assert {job.method for job in jobs if job.iterations} <= {*FINETUNED, "fine-tuned"}
     assert {job.method for job in jobs if not job.iterations} <= {*METHODS, "full precision", "real images"}
     assert all(job.batch >= 64 for job in jobs if job.iterations)
+    assert {(job.method, job.weights, job.repeat) for job in jobs if job.iterations == LONGER * 600} == {
+        ("lsq", 4, 0),
+        ("tdq", 4, 0),
+    }
     assert {(job.method, job.steps) for job in jobs if job.steps != 20} == {
         (method, steps) for method in ("full precision", "lsq", "tdq") for steps in (10, 50, 100)
     }
@@ -69,7 +73,8 @@ def test_trainings_and_controls_side_by_side(trained, unet, tmp_path):
     folder = next((tmp_path / "cache").glob("tdq-4-4-*"))
     assert len(pd.read_csv(folder / "loss.csv")) == 2
     curves = loss_curves(jobs, tmp_path / "cache", every=2)
-    assert curves.method.tolist() == ["lsq", "tdq", "fine-tuned"] and (curves.iteration == 2).all()
+    assert curves.method.tolist() == ["lsq", "tdq", "fine-tuned"]
+    assert (curves.iteration == 2).all() and (curves.iterations == 2).all()
     assert curves.loss.tolist() == pytest.approx(table.loss.dropna().tolist(), rel=1e-3)
     assert load_quantized(folder / "model").quantization.weights == 4
 

@@ -5,6 +5,7 @@ from itertools import cycle
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
+from matplotlib.colors import to_rgba
 
 from tdq_utils import plots
 from tdq_utils.experiments import NAMES
@@ -155,21 +156,29 @@ def quality_against_steps(table, measure="fcd", title=None):
 def training_bars(table, measure="fcd", title=None):
     """Quantization-aware training: a panel a pair of bits, a bar a row's kind; whiskers from least to greatest repeat.
 
+    Pale bars: calibrated only.
+
     Args:
         table: rows of :func:`tdq_utils.qat.qat_jobs`, of one number of sampling steps. measure: as above.
     """
     rows = table[(table.weights > 0)].assign(label=training_labels(table))
     pairs = list(rows[["weights", "activations"]].drop_duplicates().itertuples(index=False))
-    fig, axes = plt.subplots(1, len(pairs), figsize=(3.4 * len(pairs) + 1.5, 3.6), layout="constrained", squeeze=False)
-    for ax, (w, a) in zip(axes[0], pairs, strict=True):
+    columns = min(2, len(pairs))
+    size = 5.2 * columns + 1.5, 3.4 * -(-len(pairs) // columns)
+    fig, axes = plt.subplots(-(-len(pairs) // columns), columns, figsize=size, layout="constrained", squeeze=False)
+    for ax, (w, a) in zip(axes.flat, pairs, strict=False):
         group = rows[(rows.weights == w) & (rows.activations == a)]
-        by = group.groupby("label", sort=False).agg({measure: ["mean", "min", "max"], "method": "first"}).iloc[::-1]
+        kinds = {measure: ["mean", "min", "max"], "method": "first", "iterations": "first"}
+        by = group.groupby("label", sort=False).agg(kinds).iloc[::-1]
         mean, least, most = (by[measure, part] for part in ("mean", "min", "max"))
+        shades = zip(by["method", "first"], by["iterations", "first"], strict=True)
         ax.barh(by.index, mean, xerr=[mean - least, most - mean], ecolor="0.3", capsize=2, height=0.7,
-                color=[plots.COLOURS[method] for method in by["method", "first"]])  # fmt: skip
+                color=[to_rgba(plots.COLOURS[method], 1 if trained else 0.4) for method, trained in shades])  # fmt: skip
         ax.axvline(table.loc[table.method == "full precision", measure].mean(), color="0.35", ls="--", label="full precision")
         ax.set(xlabel=LABELS[measure].replace(" (", "\n("), title=f"W{w}A{a}")
         ax.grid(axis="y", visible=False)
+    for ax in axes.flat[len(pairs) :]:
+        ax.remove()
     _legend_beside(axes[0])
     if title:
         fig.suptitle(title, x=0.01, ha="left", fontsize="medium")

@@ -163,10 +163,8 @@ def training_bars(table, measure="fcd", title=None):
     """
     rows = table[(table.weights > 0)].assign(label=training_labels(table))
     pairs = list(rows[["weights", "activations"]].drop_duplicates().itertuples(index=False))
-    columns = min(2, len(pairs))
-    size = 5.2 * columns + 1.5, 3.4 * -(-len(pairs) // columns)
-    fig, axes = plt.subplots(-(-len(pairs) // columns), columns, figsize=size, layout="constrained", squeeze=False)
-    for ax, (w, a) in zip(axes.flat, pairs, strict=False):
+    fig, axes = _panels(len(pairs), 5.2, 3.4)
+    for ax, (w, a) in zip(axes, pairs, strict=True):
         group = rows[(rows.weights == w) & (rows.activations == a)]
         kinds = {measure: ["mean", "min", "max"], "method": "first", "iterations": "first"}
         by = group.groupby("label", sort=False).agg(kinds).iloc[::-1]
@@ -177,18 +175,25 @@ def training_bars(table, measure="fcd", title=None):
         ax.axvline(table.loc[table.method == "full precision", measure].mean(), color="0.35", ls="--", label="full precision")
         ax.set(xlabel=LABELS[measure].replace(" (", "\n("), title=f"W{w}A{a}")
         ax.grid(axis="y", visible=False)
-    for ax in axes.flat[len(pairs) :]:
-        ax.remove()
-    _legend_beside(axes[0])
+    _legend_beside(axes)
     if title:
         fig.suptitle(title, x=0.01, ha="left", fontsize="medium")
     return fig
 
 
+def _panels(number, width, height):
+    """``(figure, axes)``: panels of this size in inches, two a row, and room for a legend."""
+    rows, columns = (number + 1) // 2, min(2, number)
+    fig, axes = plt.subplots(rows, columns, figsize=(width * columns + 1.5, height * rows), layout="constrained", squeeze=False)
+    for ax in axes.flat[number:]:
+        ax.remove()
+    return fig, axes.flat[:number]
+
+
 def _legend_beside(axes):
-    """One legend for all panels, right of the last."""
+    """One legend for all panels, right of the first row."""
     lines = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    axes[-1].legend(lines.values(), lines, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes[:2][-1].legend(lines.values(), lines, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def training_labels(table):
@@ -218,15 +223,16 @@ def loss_lines(curves, above=None, title=None):
         curves = curves[curves.method != above].join(floor, on=["repeat", "iteration"], rsuffix="_above", how="inner")
         curves = curves.assign(loss=curves.loss - curves.loss_above)
     pairs = list(curves[["weights", "activations"]].drop_duplicates().itertuples(index=False))
-    fig, axes = plt.subplots(1, len(pairs), figsize=(4 * len(pairs) + 1.5, 3.2), layout="constrained", squeeze=False, sharey=True)
-    for ax, (w, a) in zip(axes[0], pairs, strict=True):
+    fig, axes = _panels(len(pairs), 5, 3)
+    for ax, (w, a) in zip(axes, pairs, strict=True):
         group = curves[(curves.weights == w) & (curves.activations == a)]
         for method, lines in group.groupby("method", sort=False):
             mean = lines.groupby("iteration").loss.mean()
             ax.plot(mean.index, mean, color=plots.COLOURS[method], marker=MARKERS[method], ms=4, lw=1.2, label=NAMES[method])
-        ax.set(xlabel="iteration", title=f"W{w}A{a}" if w else "no quantizer", yscale="log" if above else "linear")
-    axes[0, 0].set_ylabel("denoising loss (squared error)" + (f",\nabove {NAMES[above]}" if above else ""))
-    _legend_beside(axes[0])
+        logarithmic = above and ax.dataLim.ymin > 0
+        ax.set(xlabel="iteration", title=f"W{w}A{a}" if w else "no quantizer", yscale="log" if logarithmic else "linear")
+        ax.set_ylabel("denoising loss (squared error)" + (f",\nabove {NAMES[above]}" if above else ""))
+    _legend_beside(axes)
     if title:
         fig.suptitle(title, x=0.01, ha="left", fontsize="medium")
     return fig

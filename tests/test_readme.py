@@ -1,0 +1,69 @@
+"""The README's tables of results are those of the committed measurements."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+
+ROOT = Path(__file__).parents[1]
+METHODS = {
+    "static, min-max": "minmax",
+    "static, momentum": "momentum",
+    "static, PTQ4DM": "ptq4dm",
+    "static, MSE": "mse",
+    "static, learned": "learned",
+    "per-step table": "table",
+    "dynamic, per sample": "dynamic-sample",
+    "full precision, fine-tuned": "fine-tuned",
+    "LSQ": "lsq",
+    "PACT": "pact",
+    "NIPQ": "nipq",
+    "TDQ": "tdq",
+    "TDQ on LSQ": "tdq",
+    "TDQ on PACT": "tdq-pact",
+    "TDQ on NIPQ": "tdq-nipq",
+}
+
+
+def readme_table(title):
+    """``(label, bits, cell)`` of the table whose header begins with ``title``; labels without what is in brackets."""
+    text = (ROOT / "README.md").read_text().replace("**", "")
+    block = next(block for block in text.split("\n\n") if block.startswith(f"| {title}"))
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()]
+    return [(re.sub(r" \(.*", "", row[0]), bits, cell) for row in rows for bits, cell in zip(header[1:], row[1:], strict=True)]
+
+
+def check(title, rows_of):
+    """Every cell is what ``rows_of(label)`` holds at its bits: the mean, and the least and greatest of several repeats."""
+    cells = readme_table(title)
+    assert len(cells) > 20
+    for label, bits, shown in cells:
+        rows = rows_of(label)
+        w, a = (int(n) for n in re.findall(r"\d+", bits))
+        values = rows[((rows.weights == w) & (rows.activations == a)) | (rows.weights == 0)].fcd
+        spread = f" ({values.min():.2f}–{values.max():.2f})" if len(values) > 1 else ""
+        measured = f"{values.mean():.2f}{spread}" if len(values) else ""
+        if rows.weights.max() == 0 and "(" not in shown:  # the same under all bits: its spread need stand only once
+            measured = measured.removesuffix(spread)
+        assert shown == measured, f"{label}, {bits}"
+
+
+def test_post_training_quantization():
+    table = pd.read_csv(ROOT / "data/results/ptq.csv")
+    table = table[table.weights_method == "nearest"]
+    check("intervals", lambda label: table[table.method == METHODS.get(label, label)])
+
+
+def test_training():
+    table = pd.read_csv(ROOT / "data/results/qat.csv")
+    table = table[(table.steps == 20) & (table.step_rate < 1)]
+
+    def rows_of(label):
+        name, longer = re.subn(", 2400 iterations", "", label)
+        name, calibrated = re.subn(", calibrated only", "", name)
+        rows = table[table.method == METHODS.get(name, name)]
+        if name == "full precision":
+            return rows
+        return rows[rows.iterations == (0 if calibrated else 2400 if longer else 600)]
+
+    check("with training", rows_of)

@@ -5,6 +5,7 @@ import numpy as np
 import seaborn as sns
 import torch
 
+from tdq_utils.experiments import NAMES
 from tdq_utils.profiling import bin_centres
 from tdq_utils.quantizers import fake_quantize, mse_step, squared_error
 
@@ -284,14 +285,15 @@ def lines_over_t(curves, ylabel, title, ax=None, marker=None, log=False):
     """Curves over t, such as step sizes or errors of several methods.
 
     Args:
-        curves: ``{label: (t, values)}``; labels that are methods get the method's colour, others one that is left.
+        curves: ``{label: (t, values)}``; labels that are methods get the method's name and colour, others a colour that is left.
     """
     ax = axes_of(ax)
     taken = [COLOURS[label] for label in curves if label in COLOURS]
     spare = (colour for colour in PALETTE if colour not in taken)
     styles = {"mse": "--", "minmax": "--", "learned": "--", "table": ":"}
     for label, (t, values) in curves.items():
-        ax.plot(t, values, label=label, color=COLOURS.get(label) or next(spare), ls=styles.get(label, "-"), marker=marker)
+        colour, style = COLOURS.get(label) or next(spare), styles.get(label, "-")
+        ax.plot(t, values, label=NAMES.get(label, label), color=colour, ls=style, marker=marker)
     _time_axis(ax)
     ax.set(ylabel=ylabel, title=title, yscale="log" if log else "linear")
     ax.legend(fontsize=8)

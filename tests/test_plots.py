@@ -68,3 +68,4 @@ def test_lines_over_t_never_share_a_colour():
     ax = plots.lines_over_t({label: (t, [1, 2]) for label in ("calibrated", "tdq", "raw t", "mse")}, "s", "title").axes[0]
     colours = [line.get_color() for line in ax.lines]
     assert len(set(colours)) == 4 and colours[1] == plots.COLOURS["tdq"]
+    assert [line.get_label() for line in ax.lines] == ["calibrated", "TDQ", "raw t", "static, MSE"]

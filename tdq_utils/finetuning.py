@@ -29,8 +29,8 @@ FINETUNED = {
 
 
 def finetune(model, scheduler, images, method="tdq", weights=4, activations=4, iterations=600, batch=64, rate=6e-4,
-             step_rate=0.1, warmup=50, clip=1.0, ema_decay=0.99, distill=0.0, seed=0, out=None, progress=True,
-             **calibration):  # fmt: skip
+             step_rate=0.1, warmup=50, clip=1.0, ema_decay=0.99, distill=0.0, seed=0, split_skips=False, out=None,
+             progress=True, **calibration):  # fmt: skip
     """Quantize a full-precision model, calibrate it, and train it on the ordinary denoising loss, in place.
 
     Each sample has its own t, so s(t) has one value a sample; afterwards :func:`tdq_utils.quantize.freeze` turns it into
@@ -46,8 +46,9 @@ def finetune(model, scheduler, images, method="tdq", weights=4, activations=4, i
             clip: norm of the gradient.
         ema_decay: of the average of weights, step sizes and generators that the model ends with.
         distill: share of the loss that is the error against the full-precision model's prediction, 0 to 1.
-        seed: of data, noise, dropout and generators. out: folder for the state, saved every minute; a run found there
-            goes on, with the same losses bit for bit. progress: show bars.
+        seed: of data, noise, dropout and generators. split_skips: as for :func:`tdq_utils.quantize.quantize`.
+        out: folder for the state, saved every minute; a run found there goes on, with the same losses bit for bit.
+            progress: show bars.
         calibration: ``data`` or ``profile`` and other arguments of :func:`tdq_utils.calibration.calibrate`.
 
     Returns:
@@ -66,7 +67,7 @@ def finetune(model, scheduler, images, method="tdq", weights=4, activations=4, i
     rule, source = FINETUNED[method]
     teacher = dict(teacher=copy.deepcopy(model), distill=distill) if distill else {}
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    quantize(model, weights, activations, source)
+    quantize(model, weights, activations, source, split_skips=split_skips)
     calibrate(model, scheduler, progress=progress, **calibration)
     checked_state(model).before = before
     _learn(model, rule)

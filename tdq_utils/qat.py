@@ -20,6 +20,7 @@ METHODS = ("lsq", "tdq", "pact", "nipq")
 LONGER = 4  # times the iterations, once for LSQ and TDQ: what the difference comes to
 SAMPLED_STEPS = (10, 50, 100)  # at which full precision, LSQ and TDQ are sampled, too
 UNTRAINED = ("mse", "tdq")  # what post-training quantization does at the same bits
+TOLD_APART = ("method", "weights", "activations", "repeat", "iterations", "step_rate", "split_skips")  # trainings, in loss curves
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,14 @@ class QatJob(Job):
             ``FINETUNED``, or "fine-tuned": the full-precision model, trained for as long. batch: images an iteration.
         step_rate: of static step sizes, relative to that of the weights.
         calibrated_steps: of the trajectories that calibration, which training starts from, sees.
+        split_skips: quantize the halves of skip inputs apart.
     """
 
     iterations: int = 600
     batch: int = 64
     step_rate: float = 0.1
     calibrated_steps: int = 20
+    split_skips: bool = False
 
     @property
     def name(self):
@@ -48,6 +51,11 @@ class QatJob(Job):
         """``(trajectories, steps)`` that calibration sees."""
         return CALIBRATION, self.calibrated_steps
 
+    @property
+    def quantization(self):
+        """Further arguments of ``quantize``."""
+        return dict(split_skips=True) if self.split_skips else {}
+
     def prepare(self, model, scheduler, calibration, folder, progress=False):
         """Train in place, or calibrate. Goes on from ``folder``; leaves there ``loss.csv`` and ``model/``: frozen, packed."""
         if self.iterations == 0:
@@ -55,8 +63,8 @@ class QatJob(Job):
         data, _ = calibration()
         bits = dict(weights=self.weights or None, activations=self.activations or None)
         method = "lsq" if self.method == "fine-tuned" else self.method
-        how = dict(iterations=self.iterations, batch=self.batch, seed=self.repeat, step_rate=self.step_rate, out=folder)
-        losses = finetune(model, scheduler, _training_images(), method, **bits, **how, data=data, progress=progress)
+        how = dict(iterations=self.iterations, batch=self.batch, seed=self.repeat, step_rate=self.step_rate, progress=progress)
+        losses = finetune(model, scheduler, _training_images(), method, **bits, **how, **self.quantization, out=folder, data=data)
         pd.DataFrame({"loss": losses}).to_csv(folder / "loss.csv", index_label="iteration", float_format="%.5g")
         frozen = copy.deepcopy(model)
         freeze(frozen, scheduler, max(SAMPLED_STEPS))  # whose time steps include those of all the others
@@ -86,8 +94,9 @@ def qat_jobs(quick=False, steps=20, iterations=600, batch=64):
         compared = [job for job in jobs if job.repeat == repeat and (job.method == "full precision" or _leads(job))]
         jobs += [replace(job, steps=other) for other in SAMPLED_STEPS for job in compared]
     others = [job for bits in BITS if bits != HEADLINE for job in _methods(untrained, trained, bits, METHODS)]
-    longer = replace(trained, iterations=LONGER * iterations, weights=HEADLINE[0], activations=HEADLINE[1])
-    return jobs + others + [replace(longer, method=method) for method in METHODS[:2]]
+    variants = [dict(iterations=LONGER * iterations), dict(split_skips=True)]
+    headline = [replace(trained, method=method, weights=HEADLINE[0], activations=HEADLINE[1]) for method in METHODS[:2]]
+    return jobs + others + [replace(job, **variant) for variant in variants for job in headline]
 
 
 def _controls(job):
@@ -111,13 +120,13 @@ def loss_curves(jobs, cache, every=20):
 
     Returns:
         DataFrame with columns ``method``, ``weights``, ``activations``, ``repeat``, ``iterations`` (of the whole training),
-        ``step_rate``, ``iteration`` (the last of each mean), ``loss``.
+        ``step_rate``, ``split_skips``, ``iteration`` (the last of each mean), ``loss``.
     """
     parts = []
     for name, job in {job.name: job for job in jobs if job.iterations}.items():
         if (path := Path(cache) / name / "loss.csv").exists():
             loss = pd.read_csv(path).loss
             means = loss.groupby(loss.index // every).mean()
-            who = {key: getattr(job, key) for key in ("method", "weights", "activations", "repeat", "iterations", "step_rate")}
+            who = {key: getattr(job, key) for key in TOLD_APART}
             parts.append(pd.DataFrame(dict(**who, iteration=(means.index + 1) * every, loss=means)))
     return pd.concat(parts, ignore_index=True)

@@ -204,7 +204,7 @@ def training_labels(table):
         name = NAMES.get(row.method, row.method)
         if row.weights and not row.iterations:
             return f"{name}: calibrated only"
-        name += ", constants at full rate" if row.step_rate == 1 else ""
+        name += ", constants at full rate" if row.step_rate == 1 else ", split skips" if row.split_skips else ""
         return f"{name}, {row.iterations} iterations" if row.iterations > usual else name
 
     return pd.Series([label(row) for row in table.itertuples()], table.index)

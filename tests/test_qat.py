@@ -10,7 +10,7 @@ from tdq_utils import load_quantized, qat, sample
 from tdq_utils import reproduce as module
 from tdq_utils.finetuning import FINETUNED, _Trainer
 from tdq_utils.qat import BITS, HEADLINE, LONGER, QatJob, loss_curves, qat_jobs
-from tdq_utils.quantize import METHODS
+from tdq_utils.quantize import METHODS, quantized_layers
 
 
 def test_every_method_at_every_pair_of_bits_with_controls_and_each_row_once():
@@ -28,6 +28,7 @@ def test_every_method_at_every_pair_of_bits_with_controls_and_each_row_once():
         ("lsq", 4, 0),
         ("tdq", 4, 0),
     }
+    assert {(job.method, job.weights, job.iterations) for job in jobs if job.split_skips} == {("lsq", 4, 600), ("tdq", 4, 600)}
     assert {(job.method, job.steps) for job in jobs if job.steps != 20} == {
         (method, steps) for method in ("full precision", "lsq", "tdq") for steps in (10, 50, 100)
     }
@@ -93,9 +94,11 @@ def test_sampling_a_trained_model_with_other_steps_trains_nothing(trained, monke
     assert table.loss[0] == table.loss[1] and table.fcd[0] != table.fcd[1]
 
 
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("method", ["lsq", "tdq"])
-def test_a_model_left_behind_is_the_one_that_was_measured(trained, scheduler, tmp_path, method):
-    table = trained([QatJob("full precision", steps=2), QatJob(method, 4, 4, steps=2, iterations=2, batch=4)])
+def test_a_model_left_behind_is_the_one_that_was_measured(trained, scheduler, tmp_path, method, split):
+    table = trained([QatJob("full precision", steps=2), QatJob(method, 4, 4, steps=2, iterations=2, batch=4, split_skips=split)])
     model = load_quantized(next((tmp_path / "cache").glob(f"{method}-*")) / "model")
+    assert any(layer.split for layer in quantized_layers(model).values()) == split
     images = sample(model, scheduler, range(3), 2, batch_size=3, progress=False)
     assert images.square().mean().item() == pytest.approx(table.fcd[1], rel=1e-4)

@@ -101,18 +101,28 @@ def trainings():
     """A calibrated and two trained methods, one with two kinds of constants, one trained longer, at W4A4; two repeats each."""
     kinds = [("mse", 0, 0.0, 9), ("lsq", 600, 0.1, 6), ("lsq", 600, 1.0, 5), ("tdq", 600, 0.1, 4), ("tdq", 2400, 0.1, 3)]
     rows = [
-        dict(method=method, weights=4, activations=4, iterations=n, step_rate=rate, repeat=r, fcd=fcd + r)
+        dict(method=method, weights=4, activations=4, iterations=n, step_rate=rate, repeat=r, fcd=fcd + r, split_skips=False)
         for method, n, rate, fcd in kinds for r in (0, 1)
     ]  # fmt: skip
-    rows.append(dict(method="full precision", weights=0, activations=0, iterations=0, step_rate=0.0, repeat=0, fcd=1))
-    return pd.DataFrame(rows)
+    full = dict(
+        method="full precision", weights=0, activations=0, iterations=0, step_rate=0.0, repeat=0, fcd=1, split_skips=False
+    )
+    split = dict(rows[-4], fcd=2, split_skips=True)
+    return pd.DataFrame([*rows, full, split])
 
 
 def test_a_bar_a_kind_of_training(trainings):
     ax = result_plots.training_bars(trainings, title="title").axes[0]
     names = [label.get_text() for label in ax.get_yticklabels()]
-    assert names == ["TDQ, 2400 iterations", "TDQ", "LSQ, constants at full rate", "LSQ", "static, MSE: calibrated only"]
-    assert [bar.get_width() for bar in ax.patches] == [3.5, 4.5, 5.5, 6.5, 9.5]
+    assert names == [
+        "TDQ, split skips",
+        "TDQ, 2400 iterations",
+        "TDQ",
+        "LSQ, constants at full rate",
+        "LSQ",
+        "static, MSE: calibrated only",
+    ]
+    assert [bar.get_width() for bar in ax.patches] == [2, 3.5, 4.5, 5.5, 6.5, 9.5]
 
 
 def test_a_line_a_training():

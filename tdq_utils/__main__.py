@@ -80,16 +80,17 @@ def calibrate(args):
     print(f"W{args.weights}A{args.activations}, {args.method}: {args.out}; read it with load_quantized({str(args.out)!r})")
 
 
-SHOWN = ("question", "variant", "steps", "method", "weights_method", "weights", "activations", "repeat", "iterations", "mse",
-         "fcd", "fid", "kid", "seconds")  # fmt: skip
+SHOWN = ("question", "variant", "steps", "method", "weights_method", "weights", "activations", "repeat", "iterations",
+         "step_rate", "split_skips", "mse", "fcd", "fid", "kid", "seconds")  # fmt: skip
 
 
 def reproduce(args):
     """Measure a table of the paper; a row that is there already is not measured again."""
     from tdq_utils.ablations import ablation_jobs
     from tdq_utils.models import load_model
-    from tdq_utils.qat import loss_curves, qat_jobs
-    from tdq_utils.reproduce import processes, ptq_jobs
+    from tdq_utils.ptq import ptq_jobs
+    from tdq_utils.qat import add_losses, loss_curves, qat_jobs
+    from tdq_utils.reproduce import processes
     from tdq_utils.reproduce import reproduce as measure
 
     if args.table == "ablations" and (args.quick or args.steps):
@@ -100,7 +101,8 @@ def reproduce(args):
     model, scheduler = load_model(args.model, device=state.device if state.device.type == "cuda" else None)
     out = args.out or Path("runs") / (f"{args.table}-quick.csv" if args.quick else f"{args.table}.csv")
     images, steps = args.images or (128 if args.quick else 1000), args.steps or (10 if args.quick else 20)
-    how = dict(batch_size=args.batch_size, features=args.features, cache=args.cache, engine=args.engine,
+    cache = args.cache or out.parent / "cache"
+    how = dict(batch_size=args.batch_size, features=args.features, cache=cache, engine=args.engine,
                progress=state.is_main_process)  # fmt: skip
     iterations = args.iterations or (30 if args.quick else 600)
     make = {"ptq": partial(ptq_jobs, args.quick, steps), "qat": partial(qat_jobs, args.quick, steps, iterations),
@@ -111,9 +113,9 @@ def reproduce(args):
         print(table[[name for name in SHOWN if name in table]].to_string(index=False, float_format="%.3g"))
         print(f"Written to {out}")
     if state.is_main_process and args.table == "qat":
-        curves = out.with_name(f"{out.stem}_loss.csv")
-        loss_curves(jobs, args.cache or out.parent / "cache").to_csv(curves, index=False, float_format="%.5g")
-        print(f"Losses of the trainings: {curves}")
+        losses = out.with_name(f"{out.stem}_loss.csv")
+        add_losses(losses, loss_curves(jobs, cache, model))
+        print(f"Losses of the trainings: {losses}")
 
 
 def bench(args):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from tdq_utils.reproduce import CALIBRATION, Job
+from tdq_utils.ptq import CALIBRATION, Job
 from tdq_utils.temporal import RawTime
 
 CALIBRATED_STEPS = 50  # for the question of what happens at other numbers of steps

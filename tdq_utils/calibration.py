@@ -109,8 +109,9 @@ def _check_options(method, chooser, options):
 def profile_set(model, data, batch_size=16):
     """The :class:`tdq_utils.profiling.Profile` of a quantized model's layers, in full precision, on a calibration set."""
     splits = {name: layer.split for name, layer in quantized_layers(model).items() if layer.split}
+    device = next(model.parameters()).device
     with full_precision(model), torch.no_grad(), recording(model, set(quantized_layers(model)), splits) as cells:
-        for x_t, t, condition in data.batches(batch_size):
+        for x_t, t, condition in data.batches(batch_size, device):
             model(x_t, t, **condition)
     return as_profile(cells)
 

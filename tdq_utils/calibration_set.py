@@ -73,19 +73,19 @@ class CalibrationSet:
     def __len__(self):
         return len(self.t)
 
-    def batches(self, batch_size=16):
-        """Batches whose samples share one t: ``(x_t, t, condition)``, t of shape ``"batch"``."""
+    def batches(self, batch_size=16, device="cpu"):
+        """Batches on ``device`` whose samples share one t: ``(x_t, t, condition)``, t of shape ``"batch"``."""
         for value in self.t.unique().flip(0):
             for rows in (self.t == value).nonzero()[:, 0].split(batch_size):
-                yield self._batch(rows)
+                yield self._batch(rows, device)
 
-    def draw(self, batch_size, generator):
+    def draw(self, batch_size, generator, device="cpu"):
         """One batch of different samples, any t, as :meth:`batches` gives them."""
-        return self._batch(torch.randperm(len(self), generator=generator)[:batch_size])
+        return self._batch(torch.randperm(len(self), generator=generator)[:batch_size], device)
 
-    def _batch(self, rows):
-        x_t = self.x_t[rows].contiguous(memory_format=torch.channels_last)
-        return x_t, self.t[rows], {key: value[rows] for key, value in self.condition.items()}
+    def _batch(self, rows, device):
+        x_t = self.x_t[rows].to(device).contiguous(memory_format=torch.channels_last)
+        return x_t, self.t[rows].to(device), {key: value[rows].to(device) for key, value in self.condition.items()}
 
     def check(self, model):
         """TDQError: the set was made with another model."""

@@ -1,6 +1,7 @@
 """Quantization-aware training: weights, step sizes and generators learn together; one loop, every method."""
 
 import copy
+import json
 import math
 import time
 from functools import partial
@@ -8,14 +9,16 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
 from tdq_utils.calibration import calibrate
 from tdq_utils.errors import TDQError
-from tdq_utils.quantize import activation_quantizers, checked_state, quantize, quantized_layers
+from tdq_utils.models import fingerprint
+from tdq_utils.quantize import activation_quantizers, checked_state, quantize, quantized_layers, restore
 from tdq_utils.rules import RULES
 from tdq_utils.step_sizes import LearnedStep
-from tdq_utils.training import denoising_loss, iteration_generator, load_state, save_state
+from tdq_utils.training import denoising_loss, iteration_generator, load_state, save_state, update_ema
 
 # method -> (rule of the gradient, where step sizes come from)
 FINETUNED = {
@@ -26,6 +29,7 @@ FINETUNED = {
     "tdq-pact": ("pact", "tdq"),
     "tdq-nipq": ("nipq", "tdq"),
 }
+WEIGHT_STEP_RATE = 1.0  # of the rate
 
 
 def finetune(model, scheduler, images, method="tdq", weights=4, activations=4, iterations=600, batch=64, rate=6e-4,
@@ -40,7 +44,8 @@ def finetune(model, scheduler, images, method="tdq", weights=4, activations=4, i
         model, scheduler: in full precision; :func:`tdq_utils.quantize.restore` gives it back bit for bit.
         images: training images ``"image channel height width"`` in [-1, 1].
         method: ``"pact"``, ``"lsq"``, ``"nipq"`` (:mod:`tdq_utils.rules`) with a learned constant a layer; ``"tdq"``,
-            ``"tdq-pact"``, ``"tdq-nipq"``: the same with the constant replaced by a generator s(t).
+            ``"tdq-pact"``, ``"tdq-nipq"``: the same with the constant replaced by a generator s(t). That is for
+            activations; the step sizes of weights learn by LSQ in all of them.
         weights, activations: bits. iterations, batch: of training. rate: of weights and generators. step_rate: that of
             static step sizes, relative to ``rate`` (a tenth: So et al. 2023, authors' code). warmup: iterations.
             clip: norm of the gradient.
@@ -55,67 +60,126 @@ def finetune(model, scheduler, images, method="tdq", weights=4, activations=4, i
         The loss of each iteration.
 
     Raises:
-        TDQError: unknown method, a quantized model, ``distill`` out of range, or a loss that is not finite (the last good
-            state stays on disk).
+        TDQError: unknown method, a quantized model, a setting out of range, an ``out`` that holds a run with other
+            settings, or a loss that is not finite (the last good state stays on disk). Whatever stops it, the model is the
+            full-precision one again.
     """
-    if method not in FINETUNED:
-        raise TDQError(f"method must be one of {', '.join(FINETUNED)}; got {method!r}.")
-    if not 0 <= distill <= 1:
-        raise TDQError(
-            f"distill must be from 0 (the ordinary loss) to 1 (the full-precision model's prediction alone); got {distill}."
-        )
+    settings = dict(method=method, weights=weights, activations=activations, iterations=iterations, batch=batch, rate=rate,
+                    step_rate=step_rate, warmup=warmup, clip=clip, ema_decay=ema_decay, distill=distill, seed=seed,
+                    split_skips=split_skips, images=len(images))  # fmt: skip
+    _check_settings(settings)
+    path = _state_path(out, dict(model=fingerprint(model), **settings)) if out else None
     rule, source = FINETUNED[method]
     teacher = dict(teacher=copy.deepcopy(model), distill=distill) if distill else {}
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     quantize(model, weights, activations, source, split_skips=split_skips)
-    calibrate(model, scheduler, progress=progress, **calibration)
     checked_state(model).before = before
-    _learn(model, rule)
-    trainer = _Trainer(model, _groups(model, rate, rate * step_rate), ema_decay, clip, out)
     try:
-        return trainer.run(
-            partial(denoising_loss, model, images, scheduler, batch, **teacher), iterations, warmup, seed, progress
-        )
+        calibrate(model, scheduler, progress=progress, seed=seed, **calibration)
+        _learn(model, rule)
+        trainer = _Trainer(model, _groups(model, rate, step_rate), ema_decay, clip, path)
+        images = images.to(next(model.parameters()).device)
+        loss = partial(denoising_loss, model, images, scheduler, batch, **teacher)
+        losses = trainer.run(loss, iterations, warmup, seed, progress)
+        _stop_learning(model)
+    except BaseException:
+        restore(model)
+        model.requires_grad_(False)
+        raise
     finally:
-        model.eval().requires_grad_(False)
+        model.eval()
+    return losses
+
+
+def _check_settings(settings):
+    """Refuse bad values before any work."""
+    if settings["method"] not in FINETUNED:
+        raise TDQError(f"method must be one of {', '.join(FINETUNED)}; got {settings['method']!r}.")
+    if not 0 <= (distill := settings["distill"]) <= 1:
+        raise TDQError(
+            f"distill must be from 0 (the ordinary loss) to 1 (the full-precision model's prediction alone); got {distill}."
+        )
+    for name in ("iterations", "batch", "warmup", "images"):
+        if settings[name] < 1:
+            raise TDQError(f"{name} must be 1 or more; got {settings[name]}.")
+
+
+def _state_path(out, settings):
+    """Path of the state in ``out``, which keeps its settings beside it. TDQError: it holds a run with others."""
+    kept = Path(out) / "settings.json"
+    if kept.exists():
+        other = json.loads(kept.read_text())
+        for name, value in settings.items():
+            if other.get(name) != value:
+                raise TDQError(
+                    f"A run goes on with the settings that it began with; {out} holds one with {name} = {other.get(name)!r}, "
+                    f"this one has {value!r}. Choose another out, or delete that folder."
+                )
+    else:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(settings, indent=1) + "\n")
+    return kept.with_name("state.pt")
+
+
+class _Exp(nn.Module):
+    """A positive tensor, learned by its logarithm: it cannot reach zero, and one rate fits any scale."""
+
+    def forward(self, logarithm):
+        return logarithm.exp()
+
+    def right_inverse(self, positive):
+        return positive.log()
 
 
 def _learn(model, rule):
     """Make everything that QAT trains a parameter."""
     model.requires_grad_(True)
-    for layer in quantized_layers(model).values():
-        if layer.weight_grid is not None:
-            s = layer.weight_step
-            del layer.weight_step
-            layer.weight_step = nn.Parameter(s.clone())
+    for layer in _weighted(model):
+        s = layer.weight_step
+        del layer.weight_step
+        layer.weight_step = nn.Parameter(s.clone())
+        parametrize.register_parametrization(layer, "weight_step", _Exp())
     for quantizer in activation_quantizers(model).values():
         quantizer.rule = RULES[rule]
 
 
+def _stop_learning(model):
+    for layer in _weighted(model):
+        parametrize.remove_parametrizations(layer, "weight_step")
+    model.requires_grad_(False)
+
+
+def _weighted(model):
+    """The layers whose weights are quantized."""
+    return [layer for layer in quantized_layers(model).values() if layer.weight_grid is not None]
+
+
 def _groups(model, rate, step_rate):
-    """Parameter groups: static step sizes learn at a rate of their own, without decay."""
-    slow = [q.step.log_s for q in activation_quantizers(model).values() if isinstance(q.step, LearnedStep)]
-    slow += [layer.weight_step for layer in quantized_layers(model).values() if layer.weight_grid is not None]
-    ids = {id(parameter) for parameter in slow}
-    fast = [parameter for parameter in model.parameters() if id(parameter) not in ids]
-    return [dict(params=fast, lr=rate, rate=rate), dict(params=slow, lr=step_rate, rate=step_rate, weight_decay=0.0)]
+    """Parameter groups: step sizes of weights and static ones of activations, all by their logarithm, without decay."""
+    constants = [q.step.log_s for q in activation_quantizers(model).values() if isinstance(q.step, LearnedStep)]
+    weights = [layer.parametrizations.weight_step.original for layer in _weighted(model)]
+    ids = {id(parameter) for parameter in constants + weights}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in ids]
+    groups = [
+        dict(params=rest, rate=rate),
+        dict(params=weights, rate=rate * WEIGHT_STEP_RATE, weight_decay=0.0),
+        dict(params=constants, rate=rate * step_rate, weight_decay=0.0),
+    ]
+    return [group for group in groups if group["params"]]
 
 
 class _Trainer:
     """AdamW, an average of all parameters, and their state on disk."""
 
-    def __init__(self, model, groups, ema_decay, clip, out):
-        self.model, self.ema_decay, self.clip = model, ema_decay, clip
+    def __init__(self, model, groups, ema_decay, clip, path):
+        self.model, self.ema_decay, self.clip, self.path = model, ema_decay, clip, path
         self.optimizer = torch.optim.AdamW(groups)
         self.ema = copy.deepcopy(nn.ParameterList(model.parameters())).requires_grad_(False)
-        self.path = Path(out) / "state.pt" if out else None
 
     def run(self, loss_of, iterations, warmup, seed, progress):
         """Train to the end; the losses. Resumes from the state on disk."""
         parts = dict(model=self.model, ema=self.ema, optimizer=self.optimizer)
         start, log = load_state(self.path, **parts) if self.path else (0, [])
-        if self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
         saved = time.monotonic()
         self.model.train()
         todo = range(start, iterations)
@@ -134,17 +198,18 @@ class _Trainer:
 
     def _step(self, loss_of, i, seed):
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed * 10_000_000 + i)  # dropout and NIPQ's noise
+            # Dropout and NIPQ's noise: another stream than that of the batch, which seed and i alone would repeat.
+            torch.manual_seed(seed * 10_000_000 + 5_000_000 + i)
             loss = loss_of(iteration_generator(seed, i))
-        if not torch.isfinite(loss):
-            kept = f" The last good state is in {self.path}." if self.path else ""
-            raise TDQError(f"The loss must stay finite; it is {loss.item()} at iteration {i}. Lower rate.{kept}")
+        self._check_finite("loss", loss, i)
         self.optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self._check_finite("norm of the gradient", nn.utils.clip_grad_norm_(self.model.parameters(), self.clip), i)
         self.optimizer.step()
-        decay = min(self.ema_decay, (1 + i) / (10 + i))
-        with torch.no_grad():
-            for average, parameter in zip(self.ema, self.model.parameters(), strict=True):
-                average.lerp_(parameter, 1 - decay)
+        update_ema(self.ema, self.model, self.ema_decay, i)
         return loss.item()
+
+    def _check_finite(self, what, value, i):
+        if not torch.isfinite(value):
+            kept = f" The last good state is in {self.path}." if self.path else ""
+            raise TDQError(f"The {what} must stay finite; it is {value.item()} at iteration {i}. Lower rate.{kept}")

@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 
 from tdq_utils.datasets import load_images
+from tdq_utils.errors import TDQError
 from tdq_utils.finetuning import finetune
+from tdq_utils.ptq import CALIBRATION, Job
 from tdq_utils.quantize import freeze
-from tdq_utils.reproduce import CALIBRATION, Job
 from tdq_utils.storage import save_quantized
 
 BITS = ((4, 4), (3, 3), (4, 8), (8, 8))
@@ -79,7 +80,13 @@ def _training_images():
 
 
 def qat_jobs(quick=False, steps=20, iterations=600, batch=64):
-    """The jobs of the table, most wanted first. ``quick``: W4A4 with LSQ and TDQ alone."""
+    """The jobs of the table, most wanted first. ``quick``: W4A4 with LSQ and TDQ alone.
+
+    Raises:
+        TDQError: a number of steps whose time steps are not among those that the trained models are frozen for.
+    """
+    if max(SAMPLED_STEPS) % steps:
+        raise TDQError(f"steps must divide {max(SAMPLED_STEPS)}, for which trained models are frozen; got {steps}.")
     untrained = QatJob("full precision", steps=steps, iterations=0, batch=0, step_rate=0.0, calibrated_steps=steps)
     trained = replace(untrained, iterations=iterations, batch=batch, step_rate=0.1)
     if quick:
@@ -88,15 +95,14 @@ def qat_jobs(quick=False, steps=20, iterations=600, batch=64):
     for repeat in range(2):
         plain, learned = replace(untrained, repeat=repeat), replace(trained, repeat=repeat)
         jobs += _controls(plain) + _methods(plain, learned, HEADLINE, (*METHODS, "tdq-pact", "tdq-nipq"))
-        constants = next(job for job in jobs[::-1] if _leads(job) and job.method == "lsq")
-        # Controls: constants that learn as fast as the generators do; no quantizer at all.
-        jobs += [replace(constants, step_rate=1.0), replace(learned, method="fine-tuned")]
-        compared = [job for job in jobs if job.repeat == repeat and (job.method == "full precision" or _leads(job))]
-        jobs += [replace(job, steps=other) for other in SAMPLED_STEPS for job in compared]
+        compared = [replace(learned, method=method, weights=HEADLINE[0], activations=HEADLINE[1]) for method in METHODS[:2]]
+        # Controls: constants that learn at the generators' rate; no quantizer at all.
+        jobs += [replace(compared[0], step_rate=1.0), replace(learned, method="fine-tuned")]
+        jobs += [replace(job, steps=other) for other in SAMPLED_STEPS for job in (plain, *compared)]
     others = [job for bits in BITS if bits != HEADLINE for job in _methods(untrained, trained, bits, METHODS)]
     variants = [dict(iterations=LONGER * iterations), dict(split_skips=True)]
-    headline = [replace(trained, method=method, weights=HEADLINE[0], activations=HEADLINE[1]) for method in METHODS[:2]]
-    return jobs + others + [replace(job, **variant) for variant in variants for job in headline]
+    jobs += others + [replace(job, repeat=0, **variant) for variant in variants for job in compared]
+    return list(dict.fromkeys(jobs))
 
 
 def _controls(job):
@@ -111,22 +117,26 @@ def _methods(untrained, trained, bits, methods):
     ]
 
 
-def _leads(job):
-    return job.iterations and job.method in METHODS[:2] and job.step_rate < 1
-
-
-def loss_curves(jobs, cache, every=20):
-    """The losses that the trainings among ``jobs`` left in ``cache``, as means of ``every`` iterations.
+def loss_curves(jobs, cache, model, every=20):
+    """The losses that the trainings of ``model`` among ``jobs`` left in ``cache``, as means of ``every`` iterations.
 
     Returns:
         DataFrame with columns ``method``, ``weights``, ``activations``, ``repeat``, ``iterations`` (of the whole training),
-        ``step_rate``, ``split_skips``, ``iteration`` (the last of each mean), ``loss``.
+        ``step_rate``, ``split_skips``, ``iteration`` (the last of each mean), ``loss``; empty if there are none.
     """
-    parts = []
-    for name, job in {job.name: job for job in jobs if job.iterations}.items():
-        if (path := Path(cache) / name / "loss.csv").exists():
-            loss = pd.read_csv(path).loss
+    parts = [pd.DataFrame(columns=[*TOLD_APART, "iteration", "loss"])]
+    for folder, job in {job.folder(cache, model): job for job in jobs if job.iterations}.items():
+        if (folder / "loss.csv").exists():
+            loss = pd.read_csv(folder / "loss.csv").loss
             means = loss.groupby(loss.index // every).mean()
             who = {key: getattr(job, key) for key in TOLD_APART}
             parts.append(pd.DataFrame(dict(**who, iteration=(means.index + 1) * every, loss=means)))
-    return pd.concat(parts, ignore_index=True)
+    return pd.concat(parts[1:] or parts, ignore_index=True)
+
+
+def add_losses(path, curves):
+    """Write loss curves into a CSV; those of other trainings that it holds stay."""
+    known = [pd.read_csv(path)] if Path(path).exists() else []
+    if len(curves):
+        key = [*TOLD_APART, "iteration"]
+        pd.concat([*known, curves]).drop_duplicates(key, keep="last").to_csv(path, index=False, float_format="%.5g")

@@ -57,7 +57,7 @@ def refine(model, data, target="block", iterations=200, rate=1e-3, batch_size=16
 
 def _descend(model, data, loss, parameters, iterations, rate, batch_size, seed, progress, title, before=None):
     """Adam on ``loss(model, batch)`` over ``parameters`` alone; ``before(i)`` runs first in iteration i and may add to it."""
-    losses = []
+    losses, device = [], next(model.parameters()).device
     optimizer = torch.optim.Adam(parameters, lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     generator = torch.Generator().manual_seed(seed)
@@ -65,7 +65,7 @@ def _descend(model, data, loss, parameters, iterations, rate, batch_size, seed, 
         torch.manual_seed(seed)
         for i in tqdm(range(iterations), desc=title, disable=not progress, leave=False):
             extra = before(i) if before else 0.0
-            error = loss(model, data.draw(batch_size, generator)) + extra
+            error = loss(model, data.draw(batch_size, generator, device)) + extra
             optimizer.zero_grad()
             error.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -3,7 +3,7 @@
 import copy
 import os
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -15,103 +15,20 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from tdq_utils.calibration import calibrate, profile_set
+from tdq_utils.calibration import profile_set
 from tdq_utils.calibration_set import CalibrationSet
 from tdq_utils.datasets import load_images
 from tdq_utils.errors import TDQError
 from tdq_utils.fid import Distances, feature_extractor
 from tdq_utils.integer import IntegerRunner
 from tdq_utils.models import fingerprint
-from tdq_utils.quantize import DYNAMIC, METHODS, freeze, quantize, restore
+from tdq_utils.quantize import DYNAMIC, freeze, restore
 from tdq_utils.results import Table
 from tdq_utils.runtime import Compiled, Runner
 from tdq_utils.sampling import sample_batches
 
-BITS = ((8, 8), (8, 6), (8, 5), (8, 4), (4, 8), (4, 5))
-HEADLINE = ((8, 6), (8, 5), (4, 5))  # these get a third repeat
-QUICK_BITS = ((8, 5), (4, 5))
-CALIBRATION = 32  # trajectories
 ENGINES = ("eager", "compiled", "integer")
 SEEDS = 1_000_000  # repeat r samples the seeds from r * SEEDS and calibrates on others of the same million
-
-
-@dataclass(frozen=True)
-class Job:
-    """One row to measure; its fields are the columns that tell rows apart.
-
-    Attributes:
-        method: one of ``METHODS``, "full precision" or "real images". weights, activations: bits, 0 for full precision.
-        repeat: number of the noise and calibration seeds. weights_method: "nearest" or "adaround".
-        steps: sampling steps.
-    """
-
-    method: str
-    weights: int = 0
-    activations: int = 0
-    repeat: int = 0
-    weights_method: str = "nearest"
-    steps: int = 20
-
-    @property
-    def name(self):
-        """Name of the folder for what :meth:`prepare` keeps."""
-        return "-".join(map(str, asdict(self).values()))
-
-    @property
-    def calibration(self):
-        """``(trajectories, steps)`` that calibration sees."""
-        return CALIBRATION, self.steps
-
-    @property
-    def options(self):
-        """Further arguments of ``calibrate``."""
-        return dict(seed=self.repeat) if self.method in ("learned", "tdq") else {}
-
-    @property
-    def quantization(self):
-        """Further arguments of ``quantize``."""
-        return {}
-
-    @property
-    def transfers(self):
-        """Whether a table meets steps that it was not calibrated for."""
-        return False
-
-    def prepare(self, model, scheduler, calibration, folder, progress=False):
-        """Quantize and calibrate the model, in place.
-
-        Args:
-            calibration: function -> ``(data, profile)`` that calibration sees; the profile is ``None`` before the model is
-                quantized. folder: for what a long preparation keeps to go on from. progress: show bars.
-
-        Returns:
-            Further columns of the row.
-        """
-        quantize(model, self.weights or None, self.activations or None, self.method, **self.quantization)
-        data, profile = calibration()
-        weights_method = "adaround" if self.weights_method == "adaround" else None
-        calibrate(model, scheduler, data=data, profile=profile, weights_method=weights_method, progress=progress, **self.options)
-        return {}
-
-
-def ptq_jobs(quick=False, steps=20, repeats=2):
-    """The jobs of the table of post-training quantization, most wanted first.
-
-    Full precision and real images once a repeat; then every method at every pair of bits, ``repeats`` times and
-    once more at the headline settings; the dynamic intervals, slowest to sample, at the end.
-    ``quick``: one repeat of W8A5 and W4A5.
-    """
-    bits, repeats = (QUICK_BITS, 1) if quick else (BITS, repeats)
-    jobs = []
-    for repeat in range(repeats + (not quick)):
-        wanted = bits if repeat < repeats else HEADLINE
-        wanted = sorted(wanted, key=lambda pair: pair not in HEADLINE)
-        jobs += [Job("full precision", repeat=repeat), Job("real images", repeat=repeat)]
-        jobs += [Job(method, w, a, repeat) for w, a in wanted for method in METHODS]
-        if not quick:  # learned rounding of weights matters where they have few bits
-            jobs += [Job(method, w, a, repeat, "adaround") for w, a in wanted if w < 8 for method in ("mse", "tdq")]
-    jobs.sort(key=lambda job: job.method in DYNAMIC)
-    return [replace(job, steps=steps) for job in jobs]
 
 
 def reproduce(jobs, model, scheduler, out, images=1000, batch_size=16, features="classifier", cache=None, engine="eager",
@@ -122,7 +39,7 @@ def reproduce(jobs, model, scheduler, out, images=1000, batch_size=16, features=
     of one.
 
     Args:
-        jobs: list of :class:`Job`, all of one class. model, scheduler: in full precision. out: CSV.
+        jobs: list of :class:`tdq_utils.ptq.Job`, all of one class. model, scheduler: in full precision. out: CSV.
         images: a row; at equal seeds in all rows of a repeat. batch_size: as for ``sample``.
         features: ``"classifier"`` (FCD) or ``"inception"`` (FID), as for :class:`tdq_utils.fid.Distances`.
         cache: folder for the full-precision images that rows are paired with; default: beside ``out``.
@@ -147,7 +64,8 @@ def reproduce(jobs, model, scheduler, out, images=1000, batch_size=16, features=
     done = table.everything()
     _check_protocol(done.values(), protocol, {job.steps for job in jobs}, out)
     # Dealt out before looking at what is done: processes that start seconds apart still agree.
-    mine = [job for job in jobs[state.process_index :: state.num_processes] if tuple(asdict(job).values()) not in done]
+    mine = deal(jobs, state.process_index, state.num_processes)
+    mine = [job for job in mine if tuple(asdict(job).values()) not in done]
     bench = _Bench(model, scheduler, images, batch_size, features, Path(cache or Path(out).parent / "cache"), engine, progress)
     bar = tqdm(mine, desc=f"reproduce {Path(out).name}", disable=not progress)
     for job in bar:
@@ -158,6 +76,12 @@ def reproduce(jobs, model, scheduler, out, images=1000, batch_size=16, features=
         table.merge([tuple(asdict(job).values()) for job in jobs])
     state.wait_for_everyone()
     return pd.DataFrame(table.everything().values())
+
+
+def deal(jobs, rank, world):
+    """The jobs of one process of ``world``, in turn; those that share a folder go to the same."""
+    turn = {name: i for i, name in enumerate(dict.fromkeys(job.name for job in jobs))}
+    return [job for job in jobs if turn[job.name] % world == rank]
 
 
 def processes():
@@ -213,7 +137,7 @@ class _Bench:
         else:
             try:
                 calibrated = partial(self._calibration, job)
-                further = job.prepare(self.model, self.scheduler, calibrated, self.cache / job.name, self.progress)
+                further = job.prepare(self.model, self.scheduler, calibrated, job.folder(self.cache, self.model), self.progress)
                 calibration = time.perf_counter() - start
                 freeze(self.model, self.scheduler, job.steps, nearest=job.transfers)
                 _stream(distances, self._batches(job, self._runner(job)), clean)
@@ -229,7 +153,7 @@ class _Bench:
             "seconds": round(time.perf_counter() - start, 1),
             "threads": torch.get_num_threads(),
             "batch_size": self.batch_size,
-            "engine": self.engine if job.weights else "eager",
+            "engine": self._engine(job),
             "device": next(self.model.parameters()).device.type,
             "torch": torch.__version__,
             "diffusers": diffusers.__version__,
@@ -249,11 +173,17 @@ class _Bench:
             self.profiles[structure] = profile_set(self.model, self.data, self.batch_size)
         return self.data, self.profiles.get(structure)
 
+    def _engine(self, job):
+        """What samples this job: as wished, but no kernel takes an input whose halves are quantized apart."""
+        if not job.weights:
+            return "eager"
+        return "compiled" if self.engine == "integer" and job.quantization.get("split_skips") else self.engine
+
     def _runner(self, job):
         """What samples the calibrated model: itself, or a compiled graph that all models of its structure share."""
-        if self.engine == "eager" or not job.weights:
+        if (engine := self._engine(job)) == "eager":
             return self.model
-        kind = Runner if self.engine == "compiled" or job.quantization.get("split_skips") else IntegerRunner
+        kind = dict(compiled=Runner, integer=IntegerRunner)[engine]
         structure = kind, job.steps, DYNAMIC.get(job.method), *job.quantization.items()
         if structure not in self.runners:
             self.runners[structure] = kind(self.model, self.scheduler, job.steps)

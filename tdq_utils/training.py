@@ -87,7 +87,7 @@ def train_unet(out, iterations=5400, batch=128, seed=0, ema_decay=0.999, root=No
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        _update_ema(ema, model, min(ema_decay, (1 + i) / (10 + i)))
+        update_ema(ema, model, ema_decay, i)
         log.append(loss.item())
         if time.monotonic() - saved > 45 or i + 1 == iterations:
             save_state(out / "state.pt", i + 1, log, model=model, ema=ema, optimizer=optimizer)
@@ -164,7 +164,9 @@ def denoising_loss(forward, images, scheduler, batch, generator, teacher=None, d
 
 
 @torch.no_grad()
-def _update_ema(ema, model, decay):
+def update_ema(ema, model, decay, iteration):
+    """Move the average of the parameters on; ``decay`` grows from 0.1 to its value over the first iterations."""
+    decay = min(decay, (1 + iteration) / (10 + iteration))
     for averaged, current in zip(ema.parameters(), model.parameters(), strict=True):
         averaged.lerp_(current, 1 - decay)
 

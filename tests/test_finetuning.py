@@ -33,15 +33,36 @@ def quick_calibration(monkeypatch):
     monkeypatch.setattr(finetuning, "calibrate", lambda *args, **options: original(*args, **options, iterations=3))
 
 
+@pytest.fixture
+def parameters(monkeypatch):
+    """``[start, end]`` of a training: the values of all that learns, by name."""
+    found = []
+
+    def spy(name, after):
+        original = getattr(finetuning, name)
+
+        def spied(model, *args):
+            result = original(model, *args) if after else None
+            found.append({name: value.detach().clone() for name, value in model.named_parameters()})
+            return result if after else original(model, *args)
+
+        monkeypatch.setattr(finetuning, name, spied)
+
+    spy("_learn", after=True)
+    spy("_stop_learning", after=False)
+    return found
+
+
 @pytest.mark.parametrize("method", FINETUNED)
-def test_everything_learns_and_the_model_comes_back(unet, scheduler, images, profile, method, tmp_path):
+def test_everything_learns_and_the_model_comes_back(unet, scheduler, images, profile, method, parameters, tmp_path):
     before = {name: value.clone() for name, value in unet.state_dict().items()}
     losses = train(unet, scheduler, images, profile, method=method)
+    start, end = parameters
+    assert [name for name, value in start.items() if torch.equal(end[name], value)] == []
+    assert any(name.endswith("weight_step.original") for name in end)
     assert len(losses) == 3 and all(loss > 0 for loss in losses)
     kind = StepGenerator if method.startswith("tdq") else LearnedStep
     assert {type(q.step) for q in activation_quantizers(unet).values()} == {kind}
-    layers = quantized_layers(unet)
-    assert all(not torch.equal(layer.weight, before[f"{name}.weight"]) for name, layer in layers.items())
     assert not unet.training and not any(p.requires_grad for p in unet.parameters())
     x = torch.randn(2, 1, 8, 8)
     trained = unet(x, 999).sample
@@ -74,7 +95,7 @@ def test_static_steps_learn_at_a_tenth_of_the_rate(unet, scheduler, images, prof
     monkeypatch.setattr(finetuning, "_Trainer", Spy)
     train(unet, scheduler, images, profile, method="lsq", iterations=1, rate=1e-3)
     for name, rate in seen.items():
-        assert rate == pytest.approx(1e-4 if name.endswith(("log_s", "weight_step")) else 1e-3), name
+        assert rate == pytest.approx(1e-4 if name.endswith("log_s") else 1e-3), name
     restore(unet)
     train(unet, scheduler, images, profile, method="tdq", iterations=1, rate=1e-3)
     assert {rate for name, rate in seen.items() if ".mlp." in name} == {1e-3}
@@ -86,6 +107,7 @@ def test_a_killed_run_goes_on_with_the_same_losses(unet, scheduler, images, prof
     whole = train(unet, scheduler, images, profile, method=method, iterations=4, out=tmp_path / "whole")
     final = {name: value.clone() for name, value in unet.state_dict().items()}
     restore(unet)
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
     original = finetuning.denoising_loss
 
     def killed(*args):
@@ -98,7 +120,7 @@ def test_a_killed_run_goes_on_with_the_same_losses(unet, scheduler, images, prof
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(finetuning, "denoising_loss", killed)
         train(unet, scheduler, images, profile, method=method, iterations=4, out=tmp_path / "parts")
-    restore(unet)
+    assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())  # the one that went in
     assert train(unet, scheduler, images, profile, method=method, iterations=4, out=tmp_path / "parts") == whole
     assert all(torch.equal(value, final[name]) for name, value in unet.state_dict().items())
 
@@ -112,9 +134,84 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(unet, schedule
         return original(*args) * (float("nan") if len(calls) == 3 else 1)
 
     monkeypatch.setattr(finetuning, "denoising_loss", broken)
-    with pytest.raises(TDQError, match=r"must stay finite; it is nan at iteration 2. Lower rate. The last good state is in"):
+    with pytest.raises(TDQError, match=r"loss must stay finite; it is nan at iteration 2. Lower rate. The last good state is in"):
         train(unet, scheduler, images, profile, out=tmp_path, iterations=5)
     assert torch.load(tmp_path / "state.pt")["iteration"] == 2
+
+
+def test_a_gradient_that_is_not_finite_reaches_no_parameter(unet, scheduler, images, profile, monkeypatch, tmp_path):
+    """The root of 0 is finite, and so is the loss; its derivative is not."""
+    monkeypatch.setattr(finetuning, "time", SimpleNamespace(monotonic=itertools.count(step=100).__next__))
+    original, calls = finetuning.denoising_loss, []
+
+    def broken(*args):
+        calls.append(1)
+        loss = original(*args)
+        return loss + (loss - loss.detach()).sqrt() if len(calls) == 3 else loss
+
+    monkeypatch.setattr(finetuning, "denoising_loss", broken)
+    with pytest.raises(TDQError, match=r"norm of the gradient must stay finite; it is (nan|inf) at iteration 2"):
+        train(unet, scheduler, images, profile, out=tmp_path, iterations=5)
+    kept = torch.load(tmp_path / "state.pt")
+    assert kept["iteration"] == 2 and all(torch.isfinite(value).all() for value in kept["model"].values())
+
+
+def test_step_sizes_of_weights_stay_positive_at_any_rate(unet, scheduler, images, profile):
+    train(unet, scheduler, images, profile, weights=8, iterations=8, rate=0.3)
+    for name, layer in quantized_layers(unet).items():
+        assert (layer.weight_step > 0).all(), name
+
+
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [(dict(method="nipq"), "method"), (dict(iterations=2), "iterations"), (dict(seed=1), "seed"), (dict(rate=1e-3), "rate")],
+)
+def test_a_folder_goes_on_with_its_own_settings_only(unet, scheduler, images, profile, tmp_path, changed, name):
+    train(unet, scheduler, images, profile, method="lsq", out=tmp_path)
+    restore(unet)
+    with pytest.raises(TDQError, match=f"holds one with {name} = .*, this one has {changed[name]!r}. Choose another out"):
+        train(unet, scheduler, images, profile, **{"method": "lsq", **changed}, out=tmp_path)
+    torch.nn.init.ones_(unet.conv_out.bias)
+    with pytest.raises(TDQError, match="holds one with model = "):
+        train(unet, scheduler, images, profile, method="lsq", out=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["iterations", "batch", "warmup"])
+def test_nothing_is_begun_with_a_count_below_one(unet, scheduler, images, name):
+    with pytest.raises(TDQError, match=f"{name} must be 1 or more; got 0"):
+        finetune(unet, scheduler, images, **{name: 0})
+    assert not hasattr(unet, "quantization")
+
+
+def test_a_failed_calibration_leaves_the_full_precision_model(unet, scheduler, images, profile):
+    with pytest.raises(TDQError, match="'tdq' takes .*; got 'percentile'"):
+        train(unet, scheduler, images, profile, percentile=99)
+    assert not hasattr(unet, "quantization") and not unet.training
+
+
+def test_the_seed_reaches_the_generators(unet, scheduler, images, profile, parameters):
+    for seed in (0, 1):
+        train(unet, scheduler, images, profile, seed=seed, iterations=1)
+        restore(unet)
+    first, second = parameters[0], parameters[2]
+    assert all(not torch.equal(first[name], second[name]) for name in first if "mlp.0.weight" in name)
+
+
+def test_dropout_and_noise_are_not_the_stream_of_the_batch(unet, scheduler, images, profile, monkeypatch):
+    def recorded(model, images, scheduler, batch, generator):
+        drawn.append((torch.rand(64), torch.rand(64, generator=generator)))
+        return original(model, images, scheduler, batch, generator)
+
+    original, drawn = finetuning.denoising_loss, []
+    monkeypatch.setattr(finetuning, "denoising_loss", recorded)
+    train(unet, scheduler, images, profile)
+    assert len(drawn) == 3 and not {tuple(noise.tolist()) for noise, _ in drawn} & {tuple(data.tolist()) for _, data in drawn}
+
+
+def test_without_averaging_the_model_ends_with_the_last_values(unet, scheduler, images, profile, parameters, tmp_path):
+    train(unet, scheduler, images, profile, ema_decay=0.0, out=tmp_path)
+    last = torch.load(tmp_path / "state.pt")["model"]
+    assert all(torch.equal(value, last[name]) for name, value in parameters[1].items())
 
 
 def test_a_teacher_is_a_share_of_the_loss(unet, scheduler, images):

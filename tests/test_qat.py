@@ -6,10 +6,11 @@ import pandas as pd
 import pytest
 import torch
 
-from tdq_utils import load_quantized, qat, sample
+from tdq_utils import load_quantized, ptq, qat, sample
 from tdq_utils import reproduce as module
+from tdq_utils.errors import TDQError
 from tdq_utils.finetuning import FINETUNED, _Trainer
-from tdq_utils.qat import BITS, HEADLINE, LONGER, QatJob, loss_curves, qat_jobs
+from tdq_utils.qat import BITS, HEADLINE, LONGER, QatJob, add_losses, loss_curves, qat_jobs
 from tdq_utils.quantize import METHODS, quantized_layers
 
 
@@ -56,7 +57,7 @@ def trained(unet, scheduler, monkeypatch, tmp_path):
             return dict(fcd=torch.cat(self.images).square().mean().item())
 
     monkeypatch.setattr(module, "Distances", Pixels)
-    monkeypatch.setattr(module, "CALIBRATION", 4)
+    monkeypatch.setattr(ptq, "CALIBRATION", 4)
     monkeypatch.setattr(module, "_check_images", lambda images, features: None)
     monkeypatch.setattr(qat, "_training_images", lambda: torch.rand(8, 1, 8, 8) * 2 - 1)
     return lambda jobs: module.reproduce(jobs, unet, scheduler, tmp_path / "qat.csv", 3, batch_size=3, progress=False)
@@ -71,13 +72,56 @@ def test_trainings_and_controls_side_by_side(trained, unet, tmp_path):
     assert (table.loss.notna() == (table.iterations > 0)).all()
     assert table.fcd.nunique() == len(jobs)  # nothing was measured in place of another
     assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
-    folder = next((tmp_path / "cache").glob("tdq-4-4-*"))
+    folder = jobs[3].folder(tmp_path / "cache", unet)
     assert len(pd.read_csv(folder / "loss.csv")) == 2
-    curves = loss_curves(jobs, tmp_path / "cache", every=2)
+    curves = loss_curves(jobs, tmp_path / "cache", unet, every=2)
     assert curves.method.tolist() == ["lsq", "tdq", "fine-tuned"]
     assert (curves.iteration == 2).all() and (curves.iterations == 2).all()
     assert curves.loss.tolist() == pytest.approx(table.loss.dropna().tolist(), rel=1e-3)
     assert load_quantized(folder / "model").quantization.weights == 4
+
+
+def test_losses_add_to_those_of_other_trainings(unet, tmp_path):
+    jobs = [QatJob("lsq", 4, 4), QatJob("tdq", 4, 4)]
+    path = tmp_path / "losses.csv"
+    add_losses(path, loss_curves(jobs, tmp_path, unet))
+    assert not path.exists()  # nothing was trained
+    for job, loss in zip(jobs, (1.0, 2.0), strict=True):
+        folder = job.folder(tmp_path / job.method, unet)
+        folder.mkdir(parents=True)
+        pd.DataFrame(dict(loss=[loss] * 4)).to_csv(folder / "loss.csv", index_label="iteration")
+    for cache in ("lsq", "tdq", "nowhere", "tdq"):
+        add_losses(path, loss_curves(jobs, tmp_path / cache, unet, every=2))
+    known = pd.read_csv(path)
+    assert known[["method", "iteration", "loss"]].to_numpy().tolist() == [
+        ["lsq", 2, 1.0], ["lsq", 4, 1.0], ["tdq", 2, 2.0], ["tdq", 4, 2.0],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("world", [2, 3, 12])
+def test_trainings_that_rows_share_belong_to_one_process(world):
+    jobs = qat_jobs()
+    shares = [module.deal(jobs, rank, world) for rank in range(world)]
+    assert sorted(str(job) for share in shares for job in share) == sorted(map(str, jobs))
+    names = [{job.name for job in share} for share in shares]
+    assert sum(map(len, names)) == len(set.union(*names))
+
+
+@pytest.mark.parametrize("steps", [10, 20, 50])
+def test_every_row_once_at_any_number_of_steps(steps):
+    jobs = qat_jobs(steps=steps)
+    assert len(set(jobs)) == len(jobs)
+
+
+def test_trained_models_are_frozen_for_the_steps_they_are_sampled_with():
+    with pytest.raises(TDQError, match="steps must divide 100, .*; got 30"):
+        qat_jobs(steps=30)
+
+
+def test_a_row_names_what_sampled_it(unet, scheduler, tmp_path):
+    bench = module._Bench(unet, scheduler, 3, 3, "classifier", tmp_path, "integer", False)
+    engines = [bench._engine(job) for job in (QatJob("lsq", 4, 4), QatJob("lsq", 4, 4, split_skips=True), QatJob("fine-tuned"))]
+    assert engines == ["integer", "compiled", "eager"]
 
 
 def test_sampling_a_trained_model_with_other_steps_trains_nothing(trained, monkeypatch):
@@ -98,7 +142,7 @@ def test_sampling_a_trained_model_with_other_steps_trains_nothing(trained, monke
 @pytest.mark.parametrize("method", ["lsq", "tdq"])
 def test_a_model_left_behind_is_the_one_that_was_measured(trained, scheduler, tmp_path, method, split):
     table = trained([QatJob("full precision", steps=2), QatJob(method, 4, 4, steps=2, iterations=2, batch=4, split_skips=split)])
-    model = load_quantized(next((tmp_path / "cache").glob(f"{method}-*")) / "model")
+    model = load_quantized(next((tmp_path / "cache").glob(f"*-{method}-*")) / "model")
     assert any(layer.split for layer in quantized_layers(model).values()) == split
     images = sample(model, scheduler, range(3), 2, batch_size=3, progress=False)
     assert images.square().mean().item() == pytest.approx(table.fcd[1], rel=1e-4)

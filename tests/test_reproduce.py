@@ -11,9 +11,11 @@ import pandas as pd
 import pytest
 import torch
 
+from tdq_utils import ptq
 from tdq_utils import reproduce as module
 from tdq_utils.errors import DataError, TDQError
-from tdq_utils.reproduce import BITS, Job, ptq_jobs, reproduce
+from tdq_utils.ptq import BITS, HEADLINE, Job, ptq_jobs
+from tdq_utils.reproduce import reproduce
 from tdq_utils.results import Table, read_rows
 
 KEY = ("method", "weights", "activations", "repeat", "weights_method", "steps")
@@ -48,7 +50,7 @@ def small(monkeypatch):
             return found
 
     monkeypatch.setattr(module, "Distances", Pixels)
-    monkeypatch.setattr(module, "CALIBRATION", 4)
+    monkeypatch.setattr(ptq, "CALIBRATION", 4)
     monkeypatch.setattr(module, "_check_images", lambda images, features: None)
 
 
@@ -114,13 +116,13 @@ def test_two_processes_give_the_rows_of_one(unet, scheduler, tmp_path, monkeypat
 SCRIPT = """
 import sys
 from unittest.mock import patch
-from tdq_utils import fid, load_images, load_model, reproduce as module
+from tdq_utils import fid, load_images, load_model, ptq, reproduce as module
 
 def few_features(features):  # the KID's reference, of 500 images instead of 10,000
     return fid.extract_features(load_images(split="test")[:500]).float()
 
-jobs = [module.Job(method, *bits, steps=1) for method, *bits in (("full precision",), ("mse", 8, 8), ("minmax", 8, 8))]
-with patch.object(module, "CALIBRATION", 2), patch.object(fid, "reference_features", few_features):
+jobs = [ptq.Job(method, *bits, steps=1) for method, *bits in (("full precision",), ("mse", 8, 8), ("minmax", 8, 8))]
+with patch.object(ptq, "CALIBRATION", 2), patch.object(fid, "reference_features", few_features):
     module.reproduce(jobs, *load_model(), sys.argv[1], images=65, progress=False)
 """
 
@@ -176,7 +178,7 @@ def test_the_table_has_every_setting():
     assert len(set(jobs)) == len(jobs)
     for weights, activations in BITS:
         found = {(job.method, job.repeat) for job in jobs if (job.weights, job.activations) == (weights, activations)}
-        repeats = 3 if (weights, activations) in module.HEADLINE else 2
+        repeats = 3 if (weights, activations) in HEADLINE else 2
         assert {("tdq", r) for r in range(repeats)} | {("dynamic-sample", 0), ("ptq4dm", 1)} <= found
         assert ("tdq", repeats) not in found
     assert jobs[0] == Job("full precision") and len(ptq_jobs(quick=True)) < len(jobs) / 5

@@ -66,6 +66,14 @@ def test_nipq_adds_uniform_noise_of_one_step(grid):
     assert (beyond - (grid.q_max - grid.zero(s)) * s).abs().max() <= 0.1 + 1e-6
 
 
+def test_nipq_learns_the_strength_of_its_noise(grid):
+    """Inside the grid the output is ``x + s noise``: the gradient to s is the noise."""
+    x, s = torch.full((1000,), 0.5), torch.tensor(0.2)
+    out, to_x, to_s = gradients(nipq, x, s, grid)
+    torch.testing.assert_close(to_s, ((out - x) / s).sum(), atol=1e-3, rtol=1e-4)
+    assert (to_x == 1).all()
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_every_sample_has_its_own_step(rule, grid):
     x, s = torch.randn(3, 2, 4, 4), torch.tensor([0.1, 0.2, 0.4])

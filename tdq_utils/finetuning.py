@@ -17,7 +17,6 @@ from tdq_utils.errors import TDQError
 from tdq_utils.models import fingerprint
 from tdq_utils.quantize import activation_quantizers, checked_state, quantize, quantized_layers, restore
 from tdq_utils.rules import RULES
-from tdq_utils.step_sizes import LearnedStep
 from tdq_utils.training import denoising_loss, iteration_generator, load_state, save_state, update_ema
 
 # method -> (rule of the gradient, where step sizes come from)
@@ -29,11 +28,13 @@ FINETUNED = {
     "tdq-pact": ("pact", "tdq"),
     "tdq-nipq": ("nipq", "tdq"),
 }
-WEIGHT_STEP_RATE = 1.0  # of the rate
+# Rates of what gives activations their step sizes, relative to that of the weights: the logarithm of a constant, or a generator.
+# Found at W4A4 in 150 iterations: a constant that learns slower stays where calibration put it, and LSQ looks worse than it is.
+STEP_RATE = {"learned": 100.0, "tdq": 3.0}
 
 
 def finetune(model, scheduler, images, method="tdq", weights=4, activations=4, iterations=600, batch=64, rate=6e-4,
-             step_rate=0.1, warmup=50, clip=1.0, ema_decay=0.99, distill=0.0, seed=0, split_skips=False, out=None,
+             step_rate=None, warmup=50, clip=1.0, ema_decay=0.99, distill=0.0, seed=0, split_skips=False, out=None,
              progress=True, **calibration):  # fmt: skip
     """Quantize a full-precision model, calibrate it, and train it on the ordinary denoising loss, in place.
 
@@ -46,9 +47,11 @@ def finetune(model, scheduler, images, method="tdq", weights=4, activations=4, i
         method: ``"pact"``, ``"lsq"``, ``"nipq"`` (:mod:`tdq_utils.rules`) with a learned constant a layer; ``"tdq"``,
             ``"tdq-pact"``, ``"tdq-nipq"``: the same with the constant replaced by a generator s(t). That is for
             activations; the step sizes of weights learn by LSQ in all of them.
-        weights, activations: bits. iterations, batch: of training. rate: of weights and generators. step_rate: that of
-            static step sizes, relative to ``rate`` (a tenth: So et al. 2023, authors' code). warmup: iterations.
-            clip: norm of the gradient.
+        weights, activations: bits. iterations, batch: of training. rate: of weights and of the logarithms of their step sizes.
+        step_rate: rate of what gives activations their step sizes, the logarithm of a constant or a generator, relative to
+            ``rate``; default: ``STEP_RATE``. (So et al. 2023, authors' code: a tenth for constants, learned on a linear
+            scale, in far longer runs; 1 for generators.)
+        warmup: iterations. clip: norm of the gradient.
         ema_decay: of the average of weights, step sizes and generators that the model ends with.
         distill: share of the loss that is the error against the full-precision model's prediction, 0 to 1.
         seed: of data, noise, dropout and generators. split_skips: as for :func:`tdq_utils.quantize.quantize`.
@@ -64,6 +67,8 @@ def finetune(model, scheduler, images, method="tdq", weights=4, activations=4, i
             settings, or a loss that is not finite (the last good state stays on disk). Whatever stops it, the model is the
             full-precision one again.
     """
+    if method in FINETUNED and step_rate is None:
+        step_rate = STEP_RATE[FINETUNED[method][1]]
     settings = dict(method=method, weights=weights, activations=activations, iterations=iterations, batch=batch, rate=rate,
                     step_rate=step_rate, warmup=warmup, clip=clip, ema_decay=ema_decay, distill=distill, seed=seed,
                     split_skips=split_skips, images=len(images))  # fmt: skip
@@ -155,15 +160,14 @@ def _weighted(model):
 
 
 def _groups(model, rate, step_rate):
-    """Parameter groups: step sizes of weights and static ones of activations, all by their logarithm, without decay."""
-    constants = [q.step.log_s for q in activation_quantizers(model).values() if isinstance(q.step, LearnedStep)]
+    """Parameter groups, step sizes without decay: those of weights, and what gives activations theirs at a rate of its own."""
     weights = [layer.parametrizations.weight_step.original for layer in _weighted(model)]
-    ids = {id(parameter) for parameter in constants + weights}
-    rest = [parameter for parameter in model.parameters() if id(parameter) not in ids]
+    activations = [parameter for q in activation_quantizers(model).values() for parameter in q.step.parameters()]
+    ids = {id(parameter) for parameter in weights + activations}
     groups = [
-        dict(params=rest, rate=rate),
-        dict(params=weights, rate=rate * WEIGHT_STEP_RATE, weight_decay=0.0),
-        dict(params=constants, rate=rate * step_rate, weight_decay=0.0),
+        dict(params=[parameter for parameter in model.parameters() if id(parameter) not in ids], rate=rate),
+        dict(params=weights, rate=rate, weight_decay=0.0),
+        dict(params=activations, rate=rate * step_rate, weight_decay=0.0),
     ]
     return [group for group in groups if group["params"]]
 

@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import pandas as pd
 
 from tdq_utils.datasets import load_images
 from tdq_utils.errors import TDQError
-from tdq_utils.finetuning import finetune
+from tdq_utils.finetuning import FINETUNED, STEP_RATE, finetune
 from tdq_utils.ptq import CALIBRATION, Job
 from tdq_utils.quantize import freeze
 from tdq_utils.storage import save_quantized
@@ -31,14 +31,14 @@ class QatJob(Job):
     Attributes:
         iterations: of training; 0 for post-training quantization, where ``method`` is one of calibrate's; else it is one of
             ``FINETUNED``, or "fine-tuned": the full-precision model, trained for as long. batch: images an iteration.
-        step_rate: of static step sizes, relative to that of the weights.
+        step_rate: as for :func:`tdq_utils.finetuning.finetune`.
         calibrated_steps: of the trajectories that calibration, which training starts from, sees.
         split_skips: quantize the halves of skip inputs apart.
     """
 
     iterations: int = 600
     batch: int = 64
-    step_rate: float = 0.1
+    step_rate: float = STEP_RATE["learned"]
     calibrated_steps: int = 20
     split_skips: bool = False
 
@@ -88,33 +88,35 @@ def qat_jobs(quick=False, steps=20, iterations=600, batch=64):
     if max(SAMPLED_STEPS) % steps:
         raise TDQError(f"steps must divide {max(SAMPLED_STEPS)}, for which trained models are frozen; got {steps}.")
     untrained = QatJob("full precision", steps=steps, iterations=0, batch=0, step_rate=0.0, calibrated_steps=steps)
-    trained = replace(untrained, iterations=iterations, batch=batch, step_rate=0.1)
-    if quick:
-        return _controls(untrained) + _methods(untrained, trained, HEADLINE, METHODS[:2])
+    headline = replace(untrained, weights=HEADLINE[0], activations=HEADLINE[1])
+    train = partial(_trained, iterations=iterations, batch=batch)
     jobs = []
+    for repeat in range(1 if quick else 2):
+        jobs += [replace(untrained, method=name, repeat=repeat) for name in ("full precision", "real images")]
+        jobs += [replace(headline, method=name, repeat=repeat) for name in UNTRAINED]
+        jobs += [train(replace(headline, repeat=repeat), name) for name in METHODS[:2]]
+    if quick:
+        return jobs
+    compared = [job for job in jobs if job.iterations]
     for repeat in range(2):
-        plain, learned = replace(untrained, repeat=repeat), replace(trained, repeat=repeat)
-        jobs += _controls(plain) + _methods(plain, learned, HEADLINE, (*METHODS, "tdq-pact", "tdq-nipq"))
-        compared = [replace(learned, method=method, weights=HEADLINE[0], activations=HEADLINE[1]) for method in METHODS[:2]]
-        # Controls: constants that learn at the generators' rate; no quantizer at all.
-        jobs += [replace(compared[0], step_rate=1.0), replace(learned, method="fine-tuned")]
-        jobs += [replace(job, steps=other) for other in SAMPLED_STEPS for job in (plain, *compared)]
-    others = [job for bits in BITS if bits != HEADLINE for job in _methods(untrained, trained, bits, METHODS)]
+        jobs += [train(replace(headline, repeat=repeat), name) for name in (*METHODS[2:], "tdq-pact", "tdq-nipq")]
+        # Controls: constants that hardly move; no quantizer at all.
+        jobs += [replace(compared[2 * repeat], step_rate=0.1), train(replace(untrained, repeat=repeat), "fine-tuned")]
+    full = [job for job in jobs if job.method == "full precision"]
+    jobs += [replace(job, steps=other) for other in SAMPLED_STEPS for job in (*full, *compared)]
+    for w, a in BITS:
+        if (w, a) != HEADLINE:
+            jobs += [replace(untrained, method=name, weights=w, activations=a) for name in UNTRAINED]
+            jobs += [train(replace(untrained, weights=w, activations=a), name) for name in METHODS]
     variants = [dict(iterations=LONGER * iterations), dict(split_skips=True)]
-    jobs += others + [replace(job, repeat=0, **variant) for variant in variants for job in compared]
+    jobs += [replace(job, **variant) for variant in variants for job in compared[:2]]
     return list(dict.fromkeys(jobs))
 
 
-def _controls(job):
-    return [replace(job, method=name) for name in ("full precision", "real images")]
-
-
-def _methods(untrained, trained, bits, methods):
-    """What calibration alone does at these bits, then each training."""
-    bits = dict(weights=bits[0], activations=bits[1])
-    return [replace(untrained, method=method, **bits) for method in UNTRAINED] + [
-        replace(trained, method=method, **bits) for method in methods
-    ]
+def _trained(job, method, iterations, batch):
+    """The row of a training where ``job`` is that of a calibration."""
+    rate = STEP_RATE[FINETUNED[method][1]] if method in FINETUNED else 0.0
+    return replace(job, method=method, iterations=iterations, batch=batch, step_rate=rate)
 
 
 def loss_curves(jobs, cache, model, every=20):

@@ -198,13 +198,15 @@ def _legend_beside(axes):
 
 def training_labels(table):
     """What a row of the training table is, for readers: ``Series`` with the index of ``table``."""
-    usual = table.iterations[table.iterations > 0].min()
+    trained = table[table.iterations > 0]
+    usual, rates = trained.iterations.min(), trained.groupby("method").step_rate.agg(lambda rate: rate.mode()[0])
 
     def label(row):
         name = NAMES.get(row.method, row.method)
         if row.weights and not row.iterations:
             return f"{name}: calibrated only"
-        name += ", constants at full rate" if row.step_rate == 1 else ", split skips" if row.split_skips else ""
+        name += f", step rate {row.step_rate:g}" if row.step_rate != rates.get(row.method) else ""
+        name += ", split skips" if row.split_skips else ""
         return f"{name}, {row.iterations} iterations" if row.iterations > usual else name
 
     return pd.Series([label(row) for row in table.itertuples()], table.index)

@@ -82,7 +82,7 @@ def test_training_helps(unet, scheduler, profile):
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
 
-def test_static_steps_learn_at_a_tenth_of_the_rate(unet, scheduler, images, profile, monkeypatch):
+def test_step_sizes_learn_at_rates_of_their_own(unet, scheduler, images, profile, monkeypatch):
     seen = {}
 
     class Spy(finetuning._Trainer):
@@ -95,10 +95,13 @@ def test_static_steps_learn_at_a_tenth_of_the_rate(unet, scheduler, images, prof
     monkeypatch.setattr(finetuning, "_Trainer", Spy)
     train(unet, scheduler, images, profile, method="lsq", iterations=1, rate=1e-3)
     for name, rate in seen.items():
-        assert rate == pytest.approx(1e-4 if name.endswith("log_s") else 1e-3), name
+        assert rate == pytest.approx(0.1 if name.endswith("log_s") else 1e-3), name
     restore(unet)
     train(unet, scheduler, images, profile, method="tdq", iterations=1, rate=1e-3)
-    assert {rate for name, rate in seen.items() if ".mlp." in name} == {1e-3}
+    assert {round(rate, 9) for name, rate in seen.items() if ".mlp." in name} == {3e-3}
+    restore(unet)
+    train(unet, scheduler, images, profile, method="lsq", iterations=1, rate=1e-3, step_rate=0.5)
+    assert {rate for name, rate in seen.items() if name.endswith("log_s")} == {5e-4}
 
 
 @pytest.mark.parametrize("method", ["tdq", "nipq"])

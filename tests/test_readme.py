@@ -55,15 +55,14 @@ def test_post_training_quantization():
 
 
 def test_training():
-    table = pd.read_csv(ROOT / "data/results/qat.csv")
-    table = table[(table.steps == 20) & (table.step_rate < 1) & ~table.split_skips]
+    table = pd.read_csv(ROOT / "data/results/qat_first.csv")
+    table = table[(table.steps == 20) & (table.step_rate < 1)]
 
     def rows_of(label):
-        name, longer = re.subn(", 2400 iterations", "", label)
-        name, calibrated = re.subn(", calibrated only", "", name)
+        name, calibrated = re.subn(", calibrated only", "", label)
         rows = table[table.method == METHODS.get(name, name)]
         if name == "full precision":
             return rows
-        return rows[rows.iterations == (0 if calibrated else 2400 if longer else 600)]
+        return rows[rows.iterations == (0 if calibrated else 600)]
 
     check("with training", rows_of)

@@ -118,7 +118,7 @@ def test_a_bar_a_kind_of_training(trainings):
         "TDQ, split skips",
         "TDQ, 2400 iterations",
         "TDQ",
-        "LSQ, constants at full rate",
+        "LSQ, step rate 1",
         "LSQ",
         "static, MSE: calibrated only",
     ]

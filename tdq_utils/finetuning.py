@@ -29,8 +29,9 @@ FINETUNED = {
     "tdq-nipq": ("nipq", "tdq"),
 }
 # Rates of what gives activations their step sizes, relative to that of the weights: the logarithm of a constant, or a generator.
-# Found at W4A4 in 150 iterations: a constant that learns slower stays where calibration put it, and LSQ looks worse than it is.
-STEP_RATE = {"learned": 100.0, "tdq": 3.0}
+# Constants that learn slower than this stay near calibration's, and LSQ looks worse than it is (notebook 07); generators three
+# times as fast give worse pictures.
+STEP_RATE = {"learned": 100.0, "tdq": 1.0}
 
 
 def finetune(model, scheduler, images, method="tdq", weights=4, activations=4, iterations=600, batch=64, rate=6e-4,

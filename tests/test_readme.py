@@ -66,3 +66,7 @@ def test_training():
         return rows[rows.iterations == (0 if calibrated else 600)]
 
     check("with training", rows_of)
+    fcd = table[(table.weights == 4) & (table.activations == 4) & (table.iterations > 0)].groupby("method").fcd.mean()
+    full = table[table.method == "full precision"].fcd.mean()
+    share = (fcd["lsq"] - fcd["tdq"]) / (fcd["lsq"] - full)
+    assert f"closes {100 * share:.0f} %\nof the gap between LSQ and full precision at W4A4" in (ROOT / "README.md").read_text()

@@ -205,7 +205,7 @@ def training_labels(table):
         name = NAMES.get(row.method, row.method)
         if row.weights and not row.iterations:
             return f"{name}: calibrated only"
-        name += f", step rate {row.step_rate:g}" if row.step_rate != rates.get(row.method) else ""
+        name += f", step rate {row.step_rate:g}" if row.iterations and row.step_rate != rates[row.method] else ""
         name += ", split skips" if row.split_skips else ""
         return f"{name}, {row.iterations} iterations" if row.iterations > usual else name
 

@@ -56,11 +56,12 @@ def parameters(monkeypatch):
 @pytest.mark.parametrize("method", FINETUNED)
 def test_everything_learns_and_the_model_comes_back(unet, scheduler, images, profile, method, parameters, tmp_path):
     before = {name: value.clone() for name, value in unet.state_dict().items()}
-    losses = train(unet, scheduler, images, profile, method=method)
+    # One step, no average: more of them can lead back to where a value began.
+    losses = train(unet, scheduler, images, profile, method=method, iterations=1, ema_decay=0.0)
     start, end = parameters
     assert [name for name, value in start.items() if torch.equal(end[name], value)] == []
     assert any(name.endswith("weight_step.original") for name in end)
-    assert len(losses) == 3 and all(loss > 0 for loss in losses)
+    assert len(losses) == 1 and losses[0] > 0
     kind = StepGenerator if method.startswith("tdq") else LearnedStep
     assert {type(q.step) for q in activation_quantizers(unet).values()} == {kind}
     assert not unet.training and not any(p.requires_grad for p in unet.parameters())

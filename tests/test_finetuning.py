@@ -189,10 +189,11 @@ def test_nothing_is_begun_with_a_count_below_one(unet, scheduler, images, name):
     assert not hasattr(unet, "quantization")
 
 
-def test_a_failed_calibration_leaves_the_full_precision_model(unet, scheduler, images, profile):
+def test_a_failed_calibration_leaves_the_full_precision_model(unet, scheduler, images, profile, tmp_path):
     with pytest.raises(TDQError, match="'tdq' takes .*; got 'percentile'"):
-        train(unet, scheduler, images, profile, percentile=99)
+        train(unet, scheduler, images, profile, percentile=99, out=tmp_path)
     assert not hasattr(unet, "quantization") and not unet.training
+    train(unet, scheduler, images, profile, seed=1, out=tmp_path)  # nothing was begun there, so any settings will do
 
 
 def test_the_seed_reaches_the_generators(unet, scheduler, images, profile, parameters):

@@ -17,6 +17,7 @@ from tdq_utils.errors import TDQError
 from tdq_utils.models import fingerprint
 from tdq_utils.quantize import activation_quantizers, checked_state, quantize, quantized_layers, restore
 from tdq_utils.rules import RULES
+from tdq_utils.temporal import StepGenerator
 from tdq_utils.training import denoising_loss, iteration_generator, load_state, save_state, update_ema
 
 # method -> (rule of the gradient, where step sizes come from)
@@ -28,15 +29,14 @@ FINETUNED = {
     "tdq-pact": ("pact", "tdq"),
     "tdq-nipq": ("nipq", "tdq"),
 }
-# Rates of what gives activations their step sizes, relative to that of the weights: the logarithm of a constant, or a generator.
-# At a tenth, 600 iterations leave constants within 2 % of calibration's, and LSQ looks worse than it is; generators three times
-# as fast give worse pictures (notebook 07). Measured for LSQ and TDQ at W4A4; PACT and NIPQ may want other rates.
-STEP_RATE = {"learned": 100.0, "tdq": 1.0}
+# Rates relative to that of the weights (measured at W4A4 by "reproduce rates"; notebook 07). At a tenth, 600 iterations leave
+# the constants of activations within 2 % of calibration's, and LSQ looks worse than it is.
+STEP_RATE, GENERATOR_RATE = 100.0, 1.0
 
 
 def finetune(model, scheduler, images, method="tdq", weights=4, activations=4, iterations=600, batch=64, rate=6e-4,
-             step_rate=None, warmup=50, clip=1.0, ema_decay=0.99, distill=0.0, seed=0, split_skips=False, out=None,
-             progress=True, **calibration):  # fmt: skip
+             step_rate=STEP_RATE, generator_rate=GENERATOR_RATE, warmup=50, clip=1.0, ema_decay=0.99, distill=0.0, seed=0,
+             split_skips=False, out=None, progress=True, **calibration):  # fmt: skip
     """Quantize a full-precision model, calibrate it, and train it on the ordinary denoising loss, in place.
 
     Each sample has its own t, so s(t) has one value a sample; afterwards :func:`tdq_utils.quantize.freeze` turns it into
@@ -49,9 +49,11 @@ def finetune(model, scheduler, images, method="tdq", weights=4, activations=4, i
             ``"tdq-pact"``, ``"tdq-nipq"``: the same with the constant replaced by a generator s(t). That is for
             activations; the step sizes of weights learn by LSQ in all of them.
         weights, activations: bits. iterations, batch: of training. rate: of weights and of the logarithms of their step sizes.
-        step_rate: rate of what gives activations their step sizes, the logarithm of a constant or a generator, relative to
-            ``rate``; default: ``STEP_RATE``. (So et al. 2023, authors' code: a tenth for constants, learned on a linear
-            scale, in far longer runs; 1 for generators.)
+        step_rate: of the logarithms of the step sizes of activations, relative to ``rate``: of the constants, and of the
+            factor that each generator gets so that its s(t) can move as freely as a constant
+            (:meth:`tdq_utils.temporal.StepGenerator.learn_scale`); 0: there is none. (So et al. 2023, authors' code: no
+            factor; constants at a tenth, on a linear scale, in far longer runs.)
+        generator_rate: of the generators' networks, relative to ``rate`` (authors' code: 1).
         warmup: iterations. clip: norm of the gradient.
         ema_decay: of the average of weights, step sizes and generators that the model ends with.
         distill: share of the loss that is the error against the full-precision model's prediction, 0 to 1.
@@ -68,11 +70,9 @@ def finetune(model, scheduler, images, method="tdq", weights=4, activations=4, i
             settings, or a loss that is not finite (the last good state stays on disk). Whatever stops it, the model is the
             full-precision one again.
     """
-    if method in FINETUNED and step_rate is None:
-        step_rate = STEP_RATE[FINETUNED[method][1]]
     settings = dict(method=method, weights=weights, activations=activations, iterations=iterations, batch=batch, rate=rate,
-                    step_rate=step_rate, warmup=warmup, clip=clip, ema_decay=ema_decay, distill=distill, seed=seed,
-                    split_skips=split_skips, images=len(images))  # fmt: skip
+                    step_rate=step_rate, generator_rate=generator_rate, warmup=warmup, clip=clip, ema_decay=ema_decay,
+                    distill=distill, seed=seed, split_skips=split_skips, images=len(images))  # fmt: skip
     _check_settings(settings)
     path = _state_path(out, dict(model=fingerprint(model), **settings)) if out else None
     rule, source = FINETUNED[method]
@@ -82,8 +82,8 @@ def finetune(model, scheduler, images, method="tdq", weights=4, activations=4, i
     checked_state(model).before = before
     try:
         calibrate(model, scheduler, progress=progress, seed=seed, **calibration)
-        _learn(model, rule)
-        trainer = _Trainer(model, _groups(model, rate, step_rate), ema_decay, clip, path)
+        _learn(model, rule, step_rate > 0)
+        trainer = _Trainer(model, _groups(model, rate, step_rate, generator_rate), ema_decay, clip, path)
         images = images.to(next(model.parameters()).device)
         loss = partial(denoising_loss, model, images, scheduler, batch, **teacher)
         losses = trainer.run(loss, iterations, warmup, seed, progress)
@@ -108,6 +108,9 @@ def _check_settings(settings):
     for name in ("iterations", "batch", "warmup", "images"):
         if settings[name] < 1:
             raise TDQError(f"{name} must be 1 or more; got {settings[name]}.")
+    for name in ("rate", "step_rate", "generator_rate"):
+        if not settings[name] >= 0:
+            raise TDQError(f"{name} must be 0 (learn nothing) or more; got {settings[name]}.")
 
 
 def _state_path(out, settings):
@@ -137,9 +140,8 @@ class _Exp(nn.Module):
         return positive.log()
 
 
-def _learn(model, rule):
-    """Make everything that QAT trains a parameter."""
-    model.requires_grad_(True)
+def _learn(model, rule, scaled):
+    """Make everything that QAT trains a parameter; ``scaled``: give generators a factor."""
     for layer in _weighted(model):
         s = layer.weight_step
         del layer.weight_step
@@ -147,6 +149,9 @@ def _learn(model, rule):
         parametrize.register_parametrization(layer, "weight_step", _Exp())
     for quantizer in activation_quantizers(model).values():
         quantizer.rule = RULES[rule]
+        if scaled and isinstance(quantizer.step, StepGenerator):
+            quantizer.step.learn_scale()
+    model.requires_grad_(True)
 
 
 def _stop_learning(model):
@@ -160,15 +165,18 @@ def _weighted(model):
     return [layer for layer in quantized_layers(model).values() if layer.weight_grid is not None]
 
 
-def _groups(model, rate, step_rate):
-    """Parameter groups, step sizes without decay: those of weights, and what gives activations theirs at a rate of its own."""
+def _groups(model, rate, step_rate, generator_rate):
+    """Parameter groups: weights; what decides on step sizes, without decay, at rates of its own."""
     weights = [layer.parametrizations.weight_step.original for layer in _weighted(model)]
-    activations = [parameter for q in activation_quantizers(model).values() for parameter in q.step.parameters()]
-    ids = {id(parameter) for parameter in weights + activations}
+    activations = [named for q in activation_quantizers(model).values() for named in q.step.named_parameters()]
+    logarithms = [parameter for name, parameter in activations if name in ("log_s", "log_scale")]
+    networks = [parameter for name, parameter in activations if name not in ("log_s", "log_scale")]
+    ids = {id(parameter) for parameter in weights + logarithms + networks}
     groups = [
         dict(params=[parameter for parameter in model.parameters() if id(parameter) not in ids], rate=rate),
         dict(params=weights, rate=rate, weight_decay=0.0),
-        dict(params=activations, rate=rate * step_rate, weight_decay=0.0),
+        dict(params=logarithms, rate=rate * step_rate, weight_decay=0.0),
+        dict(params=networks, rate=rate * generator_rate, weight_decay=0.0),
     ]
     return [group for group in groups if group["params"]]
 

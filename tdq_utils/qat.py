@@ -10,7 +10,7 @@ import pandas as pd
 
 from tdq_utils.datasets import load_images
 from tdq_utils.errors import TDQError
-from tdq_utils.finetuning import FINETUNED, STEP_RATE, finetune
+from tdq_utils.finetuning import FINETUNED, GENERATOR_RATE, STEP_RATE, finetune
 from tdq_utils.ptq import CALIBRATION, Job
 from tdq_utils.quantize import freeze
 from tdq_utils.storage import save_quantized
@@ -20,8 +20,10 @@ HEADLINE = (4, 4)  # gets a second repeat, and TDQ on the other rules
 METHODS = ("lsq", "tdq", "pact", "nipq")
 LONGER = 4  # times the iterations, once for LSQ and TDQ: what the difference comes to
 SAMPLED_STEPS = (10, 50, 100)  # at which full precision, LSQ and TDQ are sampled, too
+CONSTANT_RATES = {"lsq": (0.1, 1, 10, 100, 300), "pact": (10, 100, 300), "nipq": (10, 100, 300)}  # to choose from
+TDQ_RATES = ((0, 1), (100, 1), (0, 3), (100, 0.3), (0, 10), (100, 3), (300, 1), (100, 10))  # of the factor, of the networks
 UNTRAINED = ("mse", "tdq")  # what post-training quantization does at the same bits
-TOLD_APART = ("method", "weights", "activations", "repeat", "iterations", "step_rate", "split_skips")  # trainings, in loss curves
+TOLD_APART = ("method", "weights", "activations", "repeat", "iterations", "step_rate", "generator_rate", "split_skips")
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,15 @@ class QatJob(Job):
     Attributes:
         iterations: of training; 0 for post-training quantization, where ``method`` is one of calibrate's; else it is one of
             ``FINETUNED``, or "fine-tuned": the full-precision model, trained for as long. batch: images an iteration.
-        step_rate: as for :func:`tdq_utils.finetuning.finetune`.
+        step_rate, generator_rate: as for :func:`tdq_utils.finetuning.finetune`; 0 where there is nothing to learn.
         calibrated_steps: of the trajectories that calibration, which training starts from, sees.
         split_skips: quantize the halves of skip inputs apart.
     """
 
     iterations: int = 600
     batch: int = 64
-    step_rate: float = STEP_RATE["learned"]
+    step_rate: float = STEP_RATE
+    generator_rate: float = 0.0
     calibrated_steps: int = 20
     split_skips: bool = False
 
@@ -64,8 +67,9 @@ class QatJob(Job):
         data, _ = calibration()
         bits = dict(weights=self.weights or None, activations=self.activations or None)
         method = "lsq" if self.method == "fine-tuned" else self.method
-        how = dict(iterations=self.iterations, batch=self.batch, seed=self.repeat, step_rate=self.step_rate, progress=progress)
-        losses = finetune(model, scheduler, _training_images(), method, **bits, **how, **self.quantization, out=folder, data=data)
+        rates = dict(step_rate=self.step_rate, generator_rate=self.generator_rate)
+        how = dict(iterations=self.iterations, batch=self.batch, seed=self.repeat, **rates, **self.quantization)
+        losses = finetune(model, scheduler, _training_images(), method, **bits, **how, out=folder, data=data, progress=progress)
         pd.DataFrame({"loss": losses}).to_csv(folder / "loss.csv", index_label="iteration", float_format="%.5g")
         frozen = copy.deepcopy(model)
         freeze(frozen, scheduler, max(SAMPLED_STEPS))  # whose time steps include those of all the others
@@ -100,31 +104,56 @@ def qat_jobs(quick=False, steps=20, iterations=600, batch=64):
     compared = [job for job in jobs if job.iterations]
     for repeat in range(2):
         jobs += [train(replace(headline, repeat=repeat), name) for name in (*METHODS[2:], "tdq-pact", "tdq-nipq")]
-        # Controls: constants that hardly move; no quantizer at all.
-        jobs += [replace(compared[2 * repeat], step_rate=0.1), train(replace(untrained, repeat=repeat), "fine-tuned")]
+        jobs += [train(replace(untrained, repeat=repeat), "fine-tuned")]
     full = [job for job in jobs if job.method == "full precision"]
     jobs += [replace(job, steps=other) for other in SAMPLED_STEPS for job in (*full, *compared)]
     for w, a in BITS:
         if (w, a) != HEADLINE:
             jobs += [replace(untrained, method=name, weights=w, activations=a) for name in UNTRAINED]
             jobs += [train(replace(untrained, weights=w, activations=a), name) for name in METHODS]
-    variants = [dict(iterations=LONGER * iterations), dict(split_skips=True)]
+    # Controls: generators without a factor, as published; constants that hardly move.
+    jobs += [replace(job, step_rate=0.1 if job.method == "lsq" else 0.0) for job in compared]
+    variants = [dict(split_skips=True), dict(iterations=LONGER * iterations)]
     jobs += [replace(job, **variant) for variant in variants for job in compared[:2]]
     return list(dict.fromkeys(jobs))
 
 
+def rate_jobs(iterations=150, batch=64):
+    """The jobs that the rates of step sizes were chosen by: W4A4, every method at several of them."""
+    untrained = QatJob("full precision", iterations=0, batch=0, step_rate=0.0)
+    start = replace(untrained, weights=HEADLINE[0], activations=HEADLINE[1], iterations=iterations, batch=batch)
+    rates = [(method, rate, 0) for method, rates in CONSTANT_RATES.items() for rate in rates]
+    rates += [("tdq", *pair) for pair in TDQ_RATES]
+    return [untrained, *(replace(start, method=name, step_rate=float(a), generator_rate=float(b)) for name, a, b in rates)]
+
+
 def _trained(job, method, iterations, batch):
     """The row of a training where ``job`` is that of a calibration."""
-    rate = STEP_RATE[FINETUNED[method][1]] if method in FINETUNED else 0.0
-    return replace(job, method=method, iterations=iterations, batch=batch, step_rate=rate)
+    rates = dict(step_rate=STEP_RATE) if method in FINETUNED else {}
+    if rates and FINETUNED[method][1] == "tdq":
+        rates["generator_rate"] = GENERATOR_RATE
+    return replace(job, method=method, iterations=iterations, batch=batch, **rates)
+
+
+def default_trainings(table):
+    """Which rows of the table, or of its loss curves, are trainings as :func:`tdq_utils.finetuning.finetune` does by default.
+
+    The others are calibrations, and trainings with other rates, for longer, or with split skips.
+
+    Returns:
+        Series of bool, with the index of ``table``.
+    """
+    shortest = table.iterations[table.iterations > 0].min()
+    default = (table.step_rate == STEP_RATE) | (table.method == "fine-tuned")
+    return (table.iterations == shortest) & ~table.split_skips & default
 
 
 def loss_curves(jobs, cache, model, every=20):
     """The losses that the trainings of ``model`` among ``jobs`` left in ``cache``, as means of ``every`` iterations.
 
     Returns:
-        DataFrame with columns ``method``, ``weights``, ``activations``, ``repeat``, ``iterations`` (of the whole training),
-        ``step_rate``, ``split_skips``, ``iteration`` (the last of each mean), ``loss``; empty if there are none.
+        DataFrame with columns ``TOLD_APART``, where ``iterations`` is that of the whole training, ``iteration`` (the last of
+        each mean) and ``loss``; empty if there are none.
     """
     parts = [pd.DataFrame(columns=[*TOLD_APART, "iteration", "loss"])]
     for folder, job in {job.folder(cache, model): job for job in jobs if job.iterations}.items():

@@ -42,7 +42,8 @@ def reproduce(jobs, model, scheduler, out, images=1000, batch_size=16, features=
         jobs: list of :class:`tdq_utils.ptq.Job`, all of one class. model, scheduler: in full precision. out: CSV.
         images: a row; at equal seeds in all rows of a repeat. batch_size: as for ``sample``.
         features: ``"classifier"`` (FCD) or ``"inception"`` (FID), as for :class:`tdq_utils.fid.Distances`.
-        cache: folder for the full-precision images that rows are paired with; default: beside ``out``.
+        cache: folder for the full-precision images that rows are paired with, and for trainings; default: that of
+            :func:`default_cache`.
         engine: what samples the quantized models: ``"eager"``, the simulation; ``"compiled"``, the same through
             :class:`tdq_utils.runtime.Runner`; ``"integer"``, through :class:`tdq_utils.integer.IntegerRunner` (but
             simulated where halves of inputs are quantized apart). The last two compile once for all rows.
@@ -66,7 +67,8 @@ def reproduce(jobs, model, scheduler, out, images=1000, batch_size=16, features=
     # Dealt out before looking at what is done: processes that start seconds apart still agree.
     mine = deal(jobs, state.process_index, state.num_processes)
     mine = [job for job in mine if tuple(asdict(job).values()) not in done]
-    bench = _Bench(model, scheduler, images, batch_size, features, Path(cache or Path(out).parent / "cache"), engine, progress)
+    cache = default_cache(out) if cache is None else Path(cache)
+    bench = _Bench(model, scheduler, images, batch_size, features, cache, engine, progress)
     bar = tqdm(mine, desc=f"reproduce {Path(out).name}", disable=not progress)
     for job in bar:
         bar.set_postfix_str(f"{job.method} W{job.weights}A{job.activations} #{job.repeat}")
@@ -76,6 +78,11 @@ def reproduce(jobs, model, scheduler, out, images=1000, batch_size=16, features=
         table.merge([tuple(asdict(job).values()) for job in jobs])
     state.wait_for_everyone()
     return pd.DataFrame(table.everything().values())
+
+
+def default_cache(out):
+    """The folder ``cache`` beside a table."""
+    return Path(out).parent / "cache"
 
 
 def deal(jobs, rank, world):

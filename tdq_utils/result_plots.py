@@ -9,6 +9,7 @@ from matplotlib.colors import to_rgba
 
 from tdq_utils import plots
 from tdq_utils.experiments import NAMES
+from tdq_utils.finetuning import STEP_RATE
 
 LABELS = {
     "fcd": "FCD to the test set (lower is better)",
@@ -198,16 +199,15 @@ def _legend_beside(axes):
 
 def training_labels(table):
     """What a row of the training table is, for readers: ``Series`` with the index of ``table``."""
-    trained = table[table.iterations > 0]
-    usual, rates = trained.iterations.min(), trained.groupby("method").step_rate.agg(lambda rate: rate.mode()[0])
+    shortest = table.iterations[table.iterations > 0].min()
 
     def label(row):
         name = NAMES.get(row.method, row.method)
         if row.weights and not row.iterations:
             return f"{name}: calibrated only"
-        name += f", step rate {row.step_rate:g}" if row.iterations and row.step_rate != rates[row.method] else ""
+        name += f", step rate {row.step_rate:g}" if row.weights and row.step_rate != STEP_RATE else ""
         name += ", split skips" if row.split_skips else ""
-        return f"{name}, {row.iterations} iterations" if row.iterations > usual else name
+        return f"{name}, {row.iterations} iterations" if row.iterations > shortest else name
 
     return pd.Series([label(row) for row in table.itertuples()], table.index)
 

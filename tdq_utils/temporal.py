@@ -51,9 +51,10 @@ class StepGenerator(StepSize):
         features: :class:`FourierFeatures` (default) or :class:`RawTime`.
         depth: linear layers, at least 1 (paper: 4). hidden: their width (paper: 64).
         dropout: before the last layer, in training only (authors' code: 0.2).
+        scaled: with a learned factor, as :meth:`learn_scale` adds it.
     """
 
-    def __init__(self, s_0=1.0, features=None, depth=4, hidden=64, dropout=0.2):
+    def __init__(self, s_0=1.0, features=None, depth=4, hidden=64, dropout=0.2, scaled=False):
         super().__init__()
         if not s_0 > 0:
             raise TDQError(f"s_0 must be positive; got {s_0}.")
@@ -65,12 +66,23 @@ class StepGenerator(StepSize):
         layers = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]
         self.mlp = nn.Sequential(*layers, nn.Dropout(dropout), nn.Linear(sizes[-1], 1))
         self._initialize(float(s_0))
+        self.register_parameter("log_scale", None)
+        if scaled:
+            self.learn_scale()
+
+    def learn_scale(self):
+        """Add a learned factor, 1 at first: ``s(t) = exp(log_scale) softplus(MLP(enc(t)))``.
+
+        What a constant does at its rate, all of s(t) can then do at the same; the network is left with the shape over t.
+        """
+        self.log_scale = nn.Parameter(torch.zeros((), device=self.mlp[-1].bias.device))
 
     def settings(self):
-        """Width of the features (1: raw t), depth, hidden width and dropout."""
+        """Width of the features (1: raw t), depth, hidden width, dropout, and whether there is a learned factor."""
         linears = [layer for layer in self.mlp if isinstance(layer, nn.Linear)]
         width, hidden = linears[0].in_features, linears[-1].in_features
-        return dict(width=width, depth=len(linears), hidden=hidden, dropout=self.mlp[-2].p)
+        scale = {} if self.log_scale is None else dict(scaled=True)
+        return dict(width=width, depth=len(linears), hidden=hidden, dropout=self.mlp[-2].p, **scale)
 
     @torch.no_grad()
     def _initialize(self, s_0):
@@ -85,7 +97,8 @@ class StepGenerator(StepSize):
 
     def at(self, t):
         """s(t) for time steps ``"batch"`` -> ``"batch"``, positive; differentiable in the weights."""
-        return F.softplus(self.mlp(self.features(t))).squeeze(1).clamp_min(1e-8)
+        s = F.softplus(self.mlp(self.features(t))).squeeze(1).clamp_min(1e-8)
+        return s if self.log_scale is None else s * self.log_scale.exp()
 
     def forward(self, x, t, grid):
         """One value, or one for each sample."""

@@ -100,11 +100,17 @@ def test_step_sizes_learn_at_rates_of_their_own(unet, scheduler, images, profile
     restore(unet)
     train(unet, scheduler, images, profile, method="tdq", iterations=1, rate=1e-3)
     assert {rate for name, rate in seen.items() if ".mlp." in name} == {1e-3}
+    assert {rate for name, rate in seen.items() if name.endswith("log_scale")} == {0.1}
     restore(unet)
-    for method, part in {"lsq": "log_s", "tdq": ".mlp."}.items():
-        train(unet, scheduler, images, profile, method=method, iterations=1, rate=1e-3, step_rate=0.5)
+    parts = [("lsq", "log_s", "step_rate"), ("tdq", "log_scale", "step_rate"), ("tdq", "mlp", "generator_rate")]
+    for method, part, which in parts:
+        seen.clear()
+        train(unet, scheduler, images, profile, method=method, iterations=1, rate=1e-3, **{which: 0.5})
         restore(unet)
         assert {rate for name, rate in seen.items() if part in name} == {5e-4}
+    seen.clear()
+    train(unet, scheduler, images, profile, method="tdq", iterations=1, step_rate=0)
+    assert not any("log_scale" in name for name in seen)  # the generator as published
 
 
 @pytest.mark.parametrize("method", ["tdq", "nipq"])
@@ -186,6 +192,14 @@ def test_a_folder_goes_on_with_its_own_settings_only(unet, scheduler, images, pr
 def test_nothing_is_begun_with_a_count_below_one(unet, scheduler, images, name):
     with pytest.raises(TDQError, match=f"{name} must be 1 or more; got 0"):
         finetune(unet, scheduler, images, **{name: 0})
+    assert not hasattr(unet, "quantization")
+
+
+@pytest.mark.parametrize("name", ["rate", "step_rate", "generator_rate"])
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+def test_rates_are_not_negative(unet, scheduler, images, name, value):
+    with pytest.raises(TDQError, match=f"{name} must be 0 .* or more; got {value}"):
+        finetune(unet, scheduler, images, **{name: value})
     assert not hasattr(unet, "quantization")
 
 

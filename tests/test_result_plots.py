@@ -99,13 +99,23 @@ def test_a_line_a_method_over_steps():
 @pytest.fixture
 def trainings():
     """A calibrated and two trained methods, one with two kinds of constants, one trained longer, at W4A4; two repeats each."""
-    kinds = [("mse", 0, 0.0, 9), ("lsq", 600, 0.1, 6), ("lsq", 600, 1.0, 5), ("tdq", 600, 0.1, 4), ("tdq", 2400, 0.1, 3)]
+    kinds = [("mse", 0, 0.0, 9), ("lsq", 600, 100.0, 6), ("lsq", 600, 0.1, 5), ("tdq", 600, 100.0, 4),
+             ("tdq", 2400, 100.0, 3)]  # fmt: skip
     rows = [
-        dict(method=method, weights=4, activations=4, iterations=n, step_rate=rate, repeat=r, fcd=fcd + r, split_skips=False)
+        dict(method=method, weights=4, activations=4, iterations=n, step_rate=rate, generator_rate=0.0, repeat=r, fcd=fcd + r,
+             split_skips=False)
         for method, n, rate, fcd in kinds for r in (0, 1)
     ]  # fmt: skip
     full = dict(
-        method="full precision", weights=0, activations=0, iterations=0, step_rate=0.0, repeat=0, fcd=1, split_skips=False
+        method="full precision",
+        weights=0,
+        activations=0,
+        iterations=0,
+        step_rate=0.0,
+        generator_rate=0.0,
+        repeat=0,
+        fcd=1,
+        split_skips=False,
     )
     split = dict(rows[-4], fcd=2, split_skips=True)
     return pd.DataFrame([*rows, full, split])
@@ -118,7 +128,7 @@ def test_a_bar_a_kind_of_training(trainings):
         "TDQ, split skips",
         "TDQ, 2400 iterations",
         "TDQ",
-        "LSQ, step rate 1",
+        "LSQ, step rate 0.1",
         "LSQ",
         "static, MSE: calibrated only",
     ]

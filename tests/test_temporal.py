@@ -1,5 +1,7 @@
 """The TDQ generator: features, initialization, dropout, gradients, freezing."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -54,6 +56,19 @@ def test_shape_of_the_network():
     assert generator.settings() == {"width": 128, "depth": 4, "hidden": 64, "dropout": 0.2}
     other = StepGenerator(0.1, RawTime(), depth=2, hidden=8, dropout=0.5)
     assert other.settings() == {"width": 1, "depth": 2, "hidden": 8, "dropout": 0.5}
+
+
+def test_a_learned_factor_changes_nothing_until_it_learns():
+    generator, t = StepGenerator(0.3).eval(), torch.arange(0, 1000, 37)
+    before = generator.at(t)
+    generator.learn_scale()
+    assert torch.equal(generator.at(t), before)
+    generator.log_scale.data.fill_(math.log(2))
+    torch.testing.assert_close(generator.at(t), 2 * before)
+    torch.testing.assert_close(generator.freeze([0, 37]).s, 2 * before[:2])
+    generator.at(t).log().mean().backward()
+    assert generator.log_scale.grad == 1
+    assert StepGenerator(**{"scaled": True}).settings()["scaled"] and "scaled" not in StepGenerator().settings()
 
 
 def test_dropout_in_training_only():

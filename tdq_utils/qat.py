@@ -161,7 +161,8 @@ def loss_curves(jobs, cache, model, every=20):
             loss = pd.read_csv(folder / "loss.csv").loss
             means = loss.groupby(loss.index // every).mean()
             who = {key: getattr(job, key) for key in TOLD_APART}
-            parts.append(pd.DataFrame(dict(**who, iteration=(means.index + 1) * every, loss=means)))
+            last = np.minimum((means.index + 1) * every, len(loss))
+            parts.append(pd.DataFrame(dict(**who, iteration=last, loss=means)))
     return pd.concat(parts[1:] or parts, ignore_index=True)
 
 

@@ -221,9 +221,9 @@ def loss_lines(curves, above=None, title=None):
             batches differ far more than methods do.
     """
     if above:
-        floor = curves[curves.method == above].set_index(["repeat", "iteration"]).loss
-        curves = curves[curves.method != above].join(floor, on=["repeat", "iteration"], rsuffix="_above", how="inner")
-        curves = curves.assign(loss=curves.loss - curves.loss_above)
+        floor = curves[curves.method == above].set_index(["repeat", "iteration"]).loss.rename("floor")
+        curves = curves[curves.method != above].join(floor, on=["repeat", "iteration"], how="inner")
+        curves = curves.assign(loss=curves.loss - curves.floor)
     pairs = list(curves[["weights", "activations"]].drop_duplicates().itertuples(index=False))
     fig, axes = _panels(len(pairs), 5, 3)
     for ax, (w, a) in zip(axes, pairs, strict=True):

@@ -17,6 +17,7 @@ from tdq_utils.storage import save_quantized
 
 BITS = ((4, 4), (3, 3), (4, 8), (8, 8))
 HEADLINE = (4, 4)  # gets a second repeat, and TDQ on the other rules
+FEWEST = (3, 3)  # gets a second repeat of LSQ and TDQ
 METHODS = ("lsq", "tdq", "pact", "nipq")
 LONGER = 4  # times the iterations, once for LSQ and TDQ: what the difference comes to
 SAMPLED_STEPS = (10, 50, 100)  # at which full precision, LSQ and TDQ are sampled, too
@@ -109,8 +110,9 @@ def qat_jobs(quick=False, steps=20, iterations=600, batch=64):
     jobs += [replace(job, steps=other) for other in SAMPLED_STEPS for job in (*full, *compared)]
     for w, a in BITS:
         if (w, a) != HEADLINE:
-            jobs += [replace(untrained, method=name, weights=w, activations=a) for name in UNTRAINED]
-            jobs += [train(replace(untrained, weights=w, activations=a), name) for name in METHODS]
+            start = replace(untrained, weights=w, activations=a)
+            jobs += [replace(start, method=name) for name in UNTRAINED] + [train(start, name) for name in METHODS]
+            jobs += [train(replace(start, repeat=1), name) for name in METHODS[:2] if (w, a) == FEWEST]
     # Controls: generators without a factor, as published; constants that hardly move.
     jobs += [replace(job, step_rate=0.1 if job.method == "lsq" else 0.0) for job in compared]
     variants = [dict(split_skips=True), dict(iterations=LONGER * iterations)]

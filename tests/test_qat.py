@@ -10,7 +10,7 @@ from tdq_utils import load_quantized, ptq, qat, sample
 from tdq_utils import reproduce as module
 from tdq_utils.errors import TDQError
 from tdq_utils.finetuning import FINETUNED, GENERATOR_RATE, STEP_RATE, _Trainer
-from tdq_utils.qat import BITS, HEADLINE, LONGER, QatJob, add_losses, default_trainings, loss_curves, qat_jobs, rate_jobs
+from tdq_utils.qat import BITS, FEWEST, HEADLINE, LONGER, QatJob, add_losses, default_trainings, loss_curves, qat_jobs, rate_jobs
 from tdq_utils.quantize import METHODS, quantized_layers
 
 
@@ -21,7 +21,7 @@ def test_every_method_at_every_pair_of_bits_with_controls_and_each_row_once():
     assert {(method, *bits) for method in ("pact", "lsq", "nipq", "tdq") for bits in BITS} <= first
     assert {("tdq-pact", 4, 4), ("tdq-nipq", 4, 4), ("fine-tuned", 0, 0)} <= first
     second = {(job.method, job.weights, job.activations) for job in jobs if job.iterations and job.repeat == 1}
-    assert second == {row for row in first if row[1:] in (HEADLINE, (0, 0))}
+    assert second == {row for row in first if row[1:] in (HEADLINE, (0, 0))} | {("lsq", *FEWEST), ("tdq", *FEWEST)}
     assert {job.method for job in jobs if job.iterations} <= {*FINETUNED, "fine-tuned"}
     assert {job.method for job in jobs if not job.iterations} <= {*METHODS, "full precision", "real images"}
     assert all(job.batch >= 64 for job in jobs if job.iterations)

@@ -71,11 +71,12 @@ class StepGenerator(StepSize):
             self.learn_scale()
 
     def learn_scale(self):
-        """Add a learned factor, 1 at first: ``s(t) = exp(log_scale) softplus(MLP(enc(t)))``.
+        """Add a learned factor, 1 at first, if there is none: ``s(t) = exp(log_scale) softplus(MLP(enc(t)))``.
 
         What a constant does at its rate, all of s(t) can then do at the same; the network is left with the shape over t.
         """
-        self.log_scale = nn.Parameter(torch.zeros((), device=self.mlp[-1].bias.device))
+        if self.log_scale is None:
+            self.log_scale = nn.Parameter(torch.zeros((), device=self.mlp[-1].bias.device))
 
     def settings(self):
         """Width of the features (1: raw t), depth, hidden width, dropout, and whether there is a learned factor."""

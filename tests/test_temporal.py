@@ -64,6 +64,7 @@ def test_a_learned_factor_changes_nothing_until_it_learns():
     generator.learn_scale()
     assert torch.equal(generator.at(t), before)
     generator.log_scale.data.fill_(math.log(2))
+    generator.learn_scale()  # it has one, and keeps it
     torch.testing.assert_close(generator.at(t), 2 * before)
     torch.testing.assert_close(generator.freeze([0, 37]).s, 2 * before[:2])
     generator.at(t).log().mean().backward()

@@ -121,7 +121,7 @@ def qat_jobs(quick=False, steps=20, iterations=600, batch=64):
 
 
 def rate_jobs(iterations=150, batch=64):
-    """The jobs that the rates of step sizes were chosen by: W4A4, every method at several of them."""
+    """The jobs that show what the rates of step sizes do: W4A4, every method at several of them."""
     untrained = QatJob("full precision", iterations=0, batch=0, step_rate=0.0)
     start = replace(untrained, weights=HEADLINE[0], activations=HEADLINE[1], iterations=iterations, batch=batch)
     rates = [(method, rate, 0) for method, rates in CONSTANT_RATES.items() for rate in rates]

@@ -26,7 +26,7 @@ reproduce: $(READY)  ## the tables of post-training quantization, its ablations 
 	$(call MEASURE,ptq)
 	$(call MEASURE,ablations)
 	$(call MEASURE,qat)
-	$(call MEASURE,rates)
+	$(call MEASURE,trials)
 
 bench: $(READY)  ## time and memory in floats, simulated and in integers, as ratios measured in one run
 	$(BIN)/python -m tdq_utils bench --out data/results

@@ -89,31 +89,32 @@ def reproduce(args):
     from tdq_utils.ablations import ablation_jobs
     from tdq_utils.models import load_model
     from tdq_utils.ptq import ptq_jobs
-    from tdq_utils.qat import add_losses, loss_curves, qat_jobs, rate_jobs
+    from tdq_utils.qat import add_losses, loss_curves, qat_jobs
     from tdq_utils.reproduce import default_cache, processes
     from tdq_utils.reproduce import reproduce as measure
+    from tdq_utils.trials import trial_jobs
 
-    if args.table in ("ablations", "rates") and (args.quick or args.steps):
+    if args.table in ("ablations", "trials") and (args.quick or args.steps):
         raise TDQError(f"--quick and --steps belong to ptq and qat; {args.table} fixes its own. Leave them out.")
-    if args.iterations is not None and (args.table not in ("qat", "rates") or args.iterations < 1):
-        raise TDQError(f"--iterations belongs to qat and rates, and must be 1 or more; got {args.iterations} for {args.table}.")
+    if args.iterations is not None and (args.table not in ("qat", "trials") or args.iterations < 1):
+        raise TDQError(f"--iterations belongs to qat and trials, and must be 1 or more; got {args.iterations} for {args.table}.")
     state = processes()
     model, scheduler = load_model(args.model, device=state.device if state.device.type == "cuda" else None)
     out = args.out or Path("runs") / (f"{args.table}-quick.csv" if args.quick else f"{args.table}.csv")
-    images = args.images or (128 if args.quick else 256 if args.table == "rates" else 1000)
+    images = args.images or (128 if args.quick else 256 if args.table == "trials" else 1000)
     steps = args.steps or (10 if args.quick else 20)
     cache = args.cache or default_cache(out)
     how = dict(batch_size=args.batch_size, features=args.features, cache=cache, engine=args.engine,
                progress=state.is_main_process)  # fmt: skip
-    iterations = args.iterations or (30 if args.quick else 150 if args.table == "rates" else 600)
+    iterations = args.iterations or (30 if args.quick else 150 if args.table == "trials" else 600)
     make = {"ptq": partial(ptq_jobs, args.quick, steps), "qat": partial(qat_jobs, args.quick, steps, iterations),
-            "ablations": ablation_jobs, "rates": partial(rate_jobs, iterations)}  # fmt: skip
+            "ablations": ablation_jobs, "trials": partial(trial_jobs, iterations)}  # fmt: skip
     jobs = make[args.table]()
     table = measure(jobs, model, scheduler, out, images, **how)
     if state.is_main_process:
         print(table[[name for name in SHOWN if name in table]].to_string(index=False, float_format="%.3g"))
         print(f"Written to {out}")
-    if state.is_main_process and args.table in ("qat", "rates"):
+    if state.is_main_process and args.table == "qat":
         losses = out.with_name(f"{out.stem}_loss.csv")
         add_losses(losses, loss_curves(jobs, cache, model))
         print(f"Losses of the trainings: {losses}")
@@ -200,14 +201,14 @@ def _calibrate_options(sub):
 
 
 def _reproduce_options(sub):
-    sub.add_argument("table", choices=["ptq", "qat", "ablations", "rates"],
-                     help="post-training quantization; training; ablations of TDQ; rates of step sizes in training")  # fmt: skip
+    sub.add_argument("table", choices=["ptq", "qat", "ablations", "trials"],
+                     help="post-training quantization; training; ablations of TDQ; short trials of training")  # fmt: skip
     sub.add_argument("--out", type=Path, help="CSV, resumed if there (default: runs/TABLE.csv)")
     sub.add_argument("--cache", type=Path, help="folder for full-precision images and trainings (default: beside the CSV)")
     sub.add_argument("--quick", action="store_true", help="few bits, once, 128 images, 10 steps: minutes")
-    sub.add_argument("--images", type=int, help="a row (default: 1000, rates 256, quick 128)")
+    sub.add_argument("--images", type=int, help="a row (default: 1000, trials 256, quick 128)")
     sub.add_argument("--steps", type=int, help="sampling steps (default: 20, quick 10)")
-    sub.add_argument("--iterations", type=int, help="of training (default: qat 600, quick 30; rates 150)")
+    sub.add_argument("--iterations", type=int, help="of training (default: qat 600, quick 30; trials 150)")
     sub.add_argument("--features", default="classifier", help="classifier (FCD) or inception (FID; needs the extra of that name)")
     sub.add_argument("--batch-size", type=int, default=16, help="images at a time; hundreds on a GPU")
     sub.add_argument(

@@ -26,7 +26,7 @@ from tdq_utils.temporal import StepGenerator
 
 
 def calibrate(model, scheduler, seeds=range(64), steps=20, method=None, data=None, profile=None, reconstruct="input",
-              weights_method=None, progress=True, **options):  # fmt: skip
+              weights_method=None, shifted=True, progress=True, **options):  # fmt: skip
     """Choose the step size of every quantized layer's input from full-precision activations.
 
     The full-precision model runs on samples of its own trajectory (``data``) while each (layer, t) keeps a histogram
@@ -57,19 +57,23 @@ def calibrate(model, scheduler, seeds=range(64), steps=20, method=None, data=Non
             of each ``"block"``'s output or of the predicted ``"noise"`` (:func:`tdq_utils.reconstruction.refine`).
         weights_method: ``"adaround"`` to learn whether each weight is rounded up or down
             (:func:`tdq_utils.reconstruction.adaround`); default: to the nearest level.
+        shifted: give inputs that follow SiLU, GELU or ReLU a shifted or unsigned grid (:class:`tdq_utils.quantizers.Grid`);
+            ``False``: every grid is symmetric, for hardware without zero points.
         progress: show bars.
         options: ``batch_size`` and ``condition`` of ``sample``; those of the method, such as ``percentile``;
             for "learned" and "tdq", ``iterations``, ``rate``, ``seed`` and ``start`` of :func:`fit`; for "tdq", the arguments
             of :class:`tdq_utils.temporal.StepGenerator`.
 
     Raises:
-        TDQError: not quantized, unknown method or target, an option of another method, no seeds, a profile that lacks
-            a layer, data of another model.
+        TDQError: not quantized, unknown method or target, an option of another method (``shifted=False`` for a
+            dynamic one), no seeds, a profile that lacks a layer, data of another model.
     """
     state = checked_state(model)
     method = _checked_method(state, method or state.method, reconstruct, weights_method)
     sampling = {key: options.pop(key) for key in ("batch_size", "condition") if key in options}
     chooser = None if method in DYNAMIC else CHOOSERS[method]
+    if chooser is None and not shifted:
+        raise TDQError(f"shifted=False belongs to methods that measure ranges; {method!r} chooses a grid for every input.")
     _check_options(method, chooser, options)
     if data is not None:
         data.check(model)
@@ -79,7 +83,7 @@ def calibrate(model, scheduler, seeds=range(64), steps=20, method=None, data=Non
         reconstruction.adaround(model, data, progress=progress)
     if chooser is None or state.activations is None:
         return
-    _choose(model, chooser, profile or profile_set(model, data), progress, options)
+    _choose(model, chooser, profile or profile_set(model, data), shifted, progress, options)
     state.method = method
     if reconstruct != "input":
         reconstruction.refine(model, data, reconstruct, progress=progress)
@@ -116,12 +120,12 @@ def profile_set(model, data, batch_size=16):
     return as_profile(cells)
 
 
-def _choose(model, chooser, profile, progress, options):
+def _choose(model, chooser, profile, shifted, progress, options):
     """Give every quantized layer the step size that ``chooser`` finds."""
     state, quantizers = checked_state(model), activation_quantizers(model)
     if missing := set(quantizers) - set(profile.layers):
         raise TDQError(f"profile must hold every quantized layer; {len(missing)} are missing, {min(missing)} among them.")
-    problems = {name: _Problem(profile, name, state.activations) for name in quantizers}
+    problems = {name: _Problem(profile, name, state.activations, shifted) for name in quantizers}
     chosen = chooser(problems, progress=progress, **options)
     state.frozen = False
     device = next(model.parameters()).device
@@ -134,13 +138,13 @@ def _choose(model, chooser, profile, progress, options):
 class _Problem:
     """One layer's activations over t, as weighted values: all that any method here looks at."""
 
-    def __init__(self, profile, layer, bits):
+    def __init__(self, profile, layer, bits, shifted):
         row = profile.row(layer)
-        self.grid = profile.grid(layer, bits)
+        self.grid = profile.grid(layer, bits, shifted)
         self.t = torch.from_numpy(profile.t)
         # "step 2": least and greatest value at each t
         self.ranges = torch.from_numpy(np.stack([profile.least[row], profile.greatest[row]], 1)).float()
-        self.best_steps = lambda: profile.best_steps(layer, bits)
+        self.best_steps = lambda: profile.best_steps(layer, bits, shifted)
         # Hundreds of iterations look at these: as coarse as the step size allows.
         self.values = lambda s_0: profile.values(layer, merge=profile.finest_merge(layer, s_0))
         self.all_values = lambda: profile.values(layer)

@@ -29,7 +29,7 @@ FINETUNED = {
     "tdq-pact": ("pact", "tdq"),
     "tdq-nipq": ("nipq", "tdq"),
 }
-# Rates relative to that of the weights (measured at W4A4 by "reproduce rates"; notebook 07). At a tenth, 600 iterations leave
+# Rates relative to that of the weights (measured at W4A4 by "reproduce trials"; notebook 07). At a tenth, 600 iterations leave
 # the constants of activations within 2 % of calibration's, and LSQ looks worse than it is.
 STEP_RATE, GENERATOR_RATE = 100.0, 1.0
 

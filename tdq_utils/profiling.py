@@ -140,8 +140,10 @@ class Profile:
             raise TDQError(f"t must be one of the profiled time steps, {', '.join(map(str, self.t))}; got {t}.")
         return int(np.flatnonzero(self.t == t)[0])
 
-    def grid(self, layer, bits):
-        """The :class:`Grid` that suits a layer over all t."""
+    def grid(self, layer, bits, shifted=True):
+        """The :class:`Grid` that suits a layer over all t; the symmetric one, unless it may be ``shifted``."""
+        if not shifted:
+            return Grid(bits)
         row = self.row(layer)
         return Grid.for_range(bits, float(self.least[row].min()), float(self.greatest[row].max()))
 
@@ -188,11 +190,11 @@ class Profile:
             )
         return pd.DataFrame(rows)
 
-    def best_steps(self, layer, bits):
+    def best_steps(self, layer, bits, shifted=True):
         """MSE-optimal step sizes of a layer: ``(static, per step)``, tensors ``""`` and ``"step"``; searched for once."""
-        key = self.row(layer), bits
+        key = self.row(layer), bits, shifted
         if key not in self.searched:
-            grid, (values, counts) = self.grid(layer, bits), self.values(layer)
+            grid, (values, counts) = self.grid(layer, bits, shifted), self.values(layer)
             static = mse_step(values.reshape(1, -1), grid, counts.reshape(1, -1))[0]
             self.searched[key] = static, mse_step(values, grid, counts)
         return self.searched[key]

@@ -21,8 +21,6 @@ FEWEST = (3, 3)  # gets a second repeat of LSQ and TDQ
 METHODS = ("lsq", "tdq", "pact", "nipq")
 LONGER = 4  # times the iterations, once for LSQ and TDQ: what the difference comes to
 SAMPLED_STEPS = (10, 50, 100)  # at which full precision, LSQ and TDQ are sampled, too
-CONSTANT_RATES = {"lsq": (0.1, 1, 10, 100, 300), "pact": (10, 100, 300), "nipq": (10, 100, 300)}  # to choose from
-TDQ_RATES = ((0, 1), (100, 1), (0, 3), (100, 0.3), (0, 10), (100, 3), (300, 1), (100, 10))  # of the factor, of the networks
 UNTRAINED = ("mse", "tdq")  # what post-training quantization does at the same bits
 TOLD_APART = ("method", "weights", "activations", "repeat", "iterations", "step_rate", "generator_rate", "split_skips")
 
@@ -61,6 +59,18 @@ class QatJob(Job):
         """Further arguments of ``quantize``."""
         return dict(split_skips=True) if self.split_skips else {}
 
+    @property
+    def options(self):
+        """Further arguments of ``calibrate``; training passes its own seed on."""
+        return {} if self.iterations else super().options
+
+    def trained(self, method, **settings):
+        """The row of a training by ``method`` at the default rates; ``settings``: further fields."""
+        rates = dict(step_rate=STEP_RATE) if method in FINETUNED else {}
+        if rates and FINETUNED[method][1] == "tdq":
+            rates["generator_rate"] = GENERATOR_RATE
+        return replace(self, method=method, **rates, **settings)
+
     def prepare(self, model, scheduler, calibration, folder, progress=False):
         """Train in place, or calibrate. Goes on from ``folder``; leaves there ``loss.csv`` and ``model/``: frozen, packed."""
         if self.iterations == 0:
@@ -69,7 +79,7 @@ class QatJob(Job):
         bits = dict(weights=self.weights or None, activations=self.activations or None)
         method = "lsq" if self.method == "fine-tuned" else self.method
         rates = dict(step_rate=self.step_rate, generator_rate=self.generator_rate)
-        how = dict(iterations=self.iterations, batch=self.batch, seed=self.repeat, **rates, **self.quantization)
+        how = dict(iterations=self.iterations, batch=self.batch, seed=self.repeat, **rates, **self.quantization, **self.options)
         losses = finetune(model, scheduler, _training_images(), method, **bits, **how, out=folder, data=data, progress=progress)
         pd.DataFrame({"loss": losses}).to_csv(folder / "loss.csv", index_label="iteration", float_format="%.5g")
         frozen = copy.deepcopy(model)
@@ -94,7 +104,7 @@ def qat_jobs(quick=False, steps=20, iterations=600, batch=64):
         raise TDQError(f"steps must divide {max(SAMPLED_STEPS)}, for which trained models are frozen; got {steps}.")
     untrained = QatJob("full precision", steps=steps, iterations=0, batch=0, step_rate=0.0, calibrated_steps=steps)
     headline = replace(untrained, weights=HEADLINE[0], activations=HEADLINE[1])
-    train = partial(_trained, iterations=iterations, batch=batch)
+    train = partial(QatJob.trained, iterations=iterations, batch=batch)
     jobs = []
     for repeat in range(1 if quick else 2):
         jobs += [replace(untrained, method=name, repeat=repeat) for name in ("full precision", "real images")]
@@ -118,23 +128,6 @@ def qat_jobs(quick=False, steps=20, iterations=600, batch=64):
     variants = [dict(split_skips=True), dict(iterations=LONGER * iterations)]
     jobs += [replace(job, **variant) for variant in variants for job in compared[:2]]
     return list(dict.fromkeys(jobs))
-
-
-def rate_jobs(iterations=150, batch=64):
-    """The jobs that show what the rates of step sizes do: W4A4, every method at several of them."""
-    untrained = QatJob("full precision", iterations=0, batch=0, step_rate=0.0)
-    start = replace(untrained, weights=HEADLINE[0], activations=HEADLINE[1], iterations=iterations, batch=batch)
-    rates = [(method, rate, 0) for method, rates in CONSTANT_RATES.items() for rate in rates]
-    rates += [("tdq", *pair) for pair in TDQ_RATES]
-    return [untrained, *(replace(start, method=name, step_rate=float(a), generator_rate=float(b)) for name, a, b in rates)]
-
-
-def _trained(job, method, iterations, batch):
-    """The row of a training where ``job`` is that of a calibration."""
-    rates = dict(step_rate=STEP_RATE) if method in FINETUNED else {}
-    if rates and FINETUNED[method][1] == "tdq":
-        rates["generator_rate"] = GENERATOR_RATE
-    return replace(job, method=method, iterations=iterations, batch=batch, **rates)
 
 
 def default_trainings(table):

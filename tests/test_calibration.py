@@ -107,6 +107,21 @@ def test_grids_come_from_the_recorded_range(calibrated, method, kind):
 
 
 @pytest.mark.parametrize("method", CALIBRATED)
+def test_without_shifts_every_grid_is_symmetric(unet, profile, method):
+    quantize(unet, None, 4, method)
+    options = {"iterations": 3} if method in ("learned", "tdq") else {}
+    found = {}
+    for shifted in (True, False):
+        calibrate(unet, None, profile=profile, shifted=shifted, progress=False, **options)
+        behind_silu = torch.tensor([name.endswith((".conv1", ".conv2")) for name in quantized_layers(unet)])
+        found[shifted] = errors(unet, profile).sum(1)
+    assert all(layer.activation.grid.low is None for layer in quantized_layers(unet).values())
+    assert (found[True] == found[False])[~behind_silu].all()
+    if method == "mse":  # half of the levels lie where these inputs never are
+        assert (found[True] < 0.7 * found[False])[behind_silu].all()
+
+
+@pytest.mark.parametrize("method", CALIBRATED)
 def test_a_profile_stands_for_sampling(calibrated, unet, scheduler, method):
     """Whatever the model was before: the trajectory is the full-precision model's."""
     model = calibrated(method)
@@ -148,6 +163,7 @@ def test_dynamic_methods_need_no_calibration(unet, scheduler):
         ("tdq", {"method": "dynamic"}, r"method must be one of minmax, momentum, .*, tdq for this model; got 'dynamic'"),
         ("dynamic", {"method": "mse"}, "method must be one of dynamic, dynamic-sample for this model; got 'mse'"),
         ("mse", {"seeds": range(0)}, "seeds must name at least one image"),
+        ("dynamic", {"shifted": False}, "shifted=False belongs to methods that measure ranges; 'dynamic' chooses a grid"),
         ("mse", {"steps": 0}, "steps must be from 1 to 1000; got 0"),
     ],
 )

@@ -48,7 +48,7 @@ def test_training_commands_hand_their_options_on(command, monkeypatch, tmp_path,
     assert calls[0]["out"] == tmp_path and calls[0]["seed"] == 3
 
 
-@pytest.mark.parametrize(("table", "iterations"), [("ptq", 30), ("ablations", 30), ("qat", 0), ("qat", -1), ("rates", 0)])
+@pytest.mark.parametrize(("table", "iterations"), [("ptq", 30), ("ablations", 30), ("qat", 0), ("qat", -1), ("trials", 0)])
 def test_iterations_are_those_of_training(table, iterations, capsys):
     assert main(["reproduce", table, "--iterations", str(iterations)]) == 2
     assert f"1 or more; got {iterations} for {table}" in capsys.readouterr().err

@@ -9,8 +9,8 @@ import torch
 from tdq_utils import load_quantized, ptq, qat, sample
 from tdq_utils import reproduce as module
 from tdq_utils.errors import TDQError
-from tdq_utils.finetuning import FINETUNED, GENERATOR_RATE, STEP_RATE, _Trainer
-from tdq_utils.qat import BITS, FEWEST, HEADLINE, LONGER, QatJob, add_losses, default_trainings, loss_curves, qat_jobs, rate_jobs
+from tdq_utils.finetuning import FINETUNED, _Trainer
+from tdq_utils.qat import BITS, FEWEST, HEADLINE, LONGER, QatJob, add_losses, default_trainings, loss_curves, qat_jobs
 from tdq_utils.quantize import METHODS, quantized_layers
 
 
@@ -44,21 +44,13 @@ def test_default_trainings_are_those_of_the_planned_comparison():
     assert len(rest) == 4 + 2 + 2  # other rates, split skips, longer
 
 
-def test_rates_to_choose_from_hold_the_one_chosen_and_others_on_both_sides():
-    jobs = rate_jobs(iterations=7)
-    assert len(set(jobs)) == len(jobs) and jobs[0].method == "full precision"
-    for method in ("pact", "lsq", "nipq", "tdq"):
-        tried = {(job.step_rate, job.generator_rate) for job in jobs if job.method == method and job.iterations == 7}
-        wanted = {"step_rate": STEP_RATE, "generator_rate": GENERATOR_RATE * (method == "tdq")}
-        assert tuple(wanted.values()) in tried
-        for i, rate in enumerate(value for value in wanted.values() if value):
-            others = [pair[i] for pair in tried if pair[1 - i] == [*wanted.values()][1 - i]]
-            assert min(others) < rate < max(others)
-
-
 def test_one_training_serves_every_number_of_sampling_steps():
     job = QatJob("lsq", 4, 4)
     assert replace(job, steps=50).name == job.name != replace(job, repeat=1).name
+
+
+def test_calibration_alone_has_its_seed_and_training_passes_its_own():
+    assert QatJob("tdq", 4, 4, repeat=3, iterations=0).options == dict(seed=3) and QatJob("tdq", 4, 4).options == {}
 
 
 @pytest.fixture

@@ -1,9 +1,12 @@
 """Figures of activations and quantizers; colour-blind-safe, axes labelled. Those of tables are in ``result_plots``."""
 
+from itertools import cycle
+
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 import torch
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from tdq_utils.experiments import NAMES
 from tdq_utils.profiling import bin_centres
@@ -30,6 +33,7 @@ COLOURS = {
     "tdq-nipq": PALETTE[2],
     "fine-tuned": PALETTE[7],
 }
+MARKERS = dict(zip(COLOURS, cycle("os^vD<>pPX*h"), strict=False))
 T_AXIS = "time step t  (999 = noise, 0 = image)"
 
 
@@ -42,6 +46,13 @@ def set_style():
 def axes_of(ax, width=7.0, height=3.2):
     """``ax``, or new axes of this size in inches."""
     return ax if ax is not None else plt.subplots(figsize=(width, height), layout="constrained")[1]
+
+
+def plain_log(axis):
+    """Ticks 1, 2, 5, 10, ... on a logarithmic axis, as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _time_axis(ax):
@@ -90,7 +101,7 @@ def drift_heatmap(profile, layers=None, ax=None):
     names = [profile.layers[row] for row in rows]
     sns.heatmap(
         drift, ax=ax, cmap="vlag", center=0, vmin=-0.6, vmax=0.6, xticklabels=_thinned(profile.t), yticklabels=names,
-        cbar_kws={"label": "log2(range at t / mean range)"},
+        cbar_kws={"label": "log2(range at t / mean range)", "extend": "both"},
     )  # fmt: skip
     ax.tick_params(axis="y", labelsize=7)
     ax.set(
@@ -155,32 +166,33 @@ def drift_scatter(drift, ax=None):
     """Per layer: how far its range moves against what an interval per step could gain."""
     ax = axes_of(ax, 6, 3.4)
     sns.scatterplot(drift, x="ratio", y="gain_db", hue="correlation", palette="vlag", hue_norm=(-1, 1), edgecolor="0.3", ax=ax)
-    ax.set(xlabel="largest / smallest 99.9 % range over t", ylabel="possible gain (dB)")
-    ax.set_title("The further a layer's range moves, the more an interval per step can gain")
+    ax.set(xlabel="largest / smallest range over t", ylabel="possible gain (dB)")
+    ax.set_title("Layers whose range moves further tend to gain more from an interval per step")
     ax.legend(title="correlation\nof range with t", fontsize=8)
     return ax.figure
 
 
-def histogram_with_grid(profile, layer, t, bits=5, s=None, relative_s=1.0, ax=None):
+def histogram_with_grid(profile, layer, t, bits=5, s=None, ax=None):
     """The values of one layer at one time step, the quantization levels, and what lies outside them.
 
     Args:
         layer: dotted name. t: a time step of the profile. bits: of the grid.
-        s: step size; default: the MSE-optimal static one. relative_s: multiplies it.
+        s: step size; default: the MSE-optimal static one. Bars are as wide at every t.
     """
     i, step, grid = profile.row(layer), profile.step(t), profile.grid(layer, bits)
-    s = torch.as_tensor(profile.best_steps(layer, bits)[0] if s is None else s, dtype=torch.float32) * relative_s
+    s = torch.as_tensor(profile.best_steps(layer, bits)[0] if s is None else s, dtype=torch.float32)
     levels, half = _levels(s, grid), s.item() / 2
-    wide = 16  # bins of the profile to a bar
-    centres = bin_centres(profile.limit[i, step]).reshape(-1, wide).mean(1)
-    edges = np.linspace(-1, 1, len(centres) + 1) * profile.limit[i, step]
-    share = profile.counts[i, step].reshape(-1, wide).sum(1) / profile.counts[i, step].sum()
+    share = profile.counts[i, step] / profile.counts[i, step].sum()
+    centres, limit = bin_centres(profile.limit[i, step]), profile.limit[i, step]
     outside = (centres < levels[0] - half) | (centres > levels[-1] + half)
+    wide = int(min(8 * profile.limit[i].max() / limit, len(share) // 16))  # bins to a bar; limits are powers of two
+    edges = np.linspace(-1, 1, len(share) // wide + 1) * limit
     ax = axes_of(ax)
     for mask, colour, label in ((~outside, PALETTE[0], "rounded"), (outside, COLOURS["mse"], "truncated")):
+        heights = (share * mask).reshape(-1, wide).sum(1)
+        style = dict(color=colour, label=f"{label}: {share[mask].sum():.1%}", lw=0)
         # One outline, not a patch a bar: sliders draw ten of these.
-        heights = np.where(mask, share, np.nan)
-        ax.stairs(heights, edges, fill=True, color=colour, label=f"{label}: {share[mask].sum():.1%}", lw=0)
+        ax.stairs(np.where(heights > 0, heights, np.nan), edges, fill=True, **style)
     ax.vlines(levels, 1e-6, 4e-6, color="0.2", lw=1)
     span = profile.greatest[i].max() - profile.least[i].min()
     ax.set(yscale="log", ylim=(1e-6, 1), xlim=(profile.least[i].min() - 0.05 * span, profile.greatest[i].max() + 0.05 * span))
@@ -235,7 +247,8 @@ def error_over_s(profile, layer, t, bits=4, ax=None):
     ax = axes_of(ax)
     _stack(ax, ratios, rounding, truncation)
     ax.axvline(1, color="k", ls=":", label="best s")
-    ax.set(xscale="log", xlabel="step size / best step size", ylabel="mean squared error")
+    ax.set(xscale="log", xlabel="step size / best step size at this t", ylabel="mean squared error")
+    plain_log(ax.xaxis)
     ax.set_title(f"{layer}, t = {t}, {bits} bits: too small truncates, too large rounds coarsely")
     ax.legend(loc="upper center", fontsize=8)
     return ax.figure
@@ -273,19 +286,21 @@ def feature_image(features, ax=None):
     """Features ``"t feature"`` of every time step as an image."""
     ax = axes_of(ax)
     sns.heatmap(features.T.numpy(), ax=ax, cmap="vlag", center=0, xticklabels=100, yticklabels=16, cbar_kws={"label": "value"})
+    ax.invert_xaxis()
     ax.set(
-        xlabel="time step t",
+        xlabel=T_AXIS,
         ylabel="feature",
         title="Fourier features: fast ones tell neighbours apart, slow ones tell early from late",
     )
     return ax.figure
 
 
-def lines_over_t(curves, ylabel, title, ax=None, marker=None, log=False):
+def lines_over_t(curves, ylabel, title, ax=None, markers=False, log=False):
     """Curves over t, such as step sizes or errors of several methods.
 
     Args:
         curves: ``{label: (t, values)}``; labels that are methods get the method's name and colour, others a colour that is left.
+        markers: show the points, by a marker a method.
     """
     ax = axes_of(ax)
     taken = [COLOURS[label] for label in curves if label in COLOURS]
@@ -293,7 +308,8 @@ def lines_over_t(curves, ylabel, title, ax=None, marker=None, log=False):
     styles = {"mse": "--", "minmax": "--", "learned": "--", "table": ":"}
     for label, (t, values) in curves.items():
         colour, style = COLOURS.get(label) or next(spare), styles.get(label, "-")
-        ax.plot(t, values, label=NAMES.get(label, label), color=colour, ls=style, marker=marker)
+        marker = MARKERS.get(label, "o") if markers else None
+        ax.plot(t, values, label=NAMES.get(label, label), color=colour, ls=style, marker=marker, ms=5)
     _time_axis(ax)
     ax.set(ylabel=ylabel, title=title, yscale="log" if log else "linear")
     ax.legend(fontsize=8)

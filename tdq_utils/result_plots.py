@@ -13,10 +13,9 @@ from tdq_utils.finetuning import STEP_RATE
 
 LABELS = {
     "fcd": "FCD to the test set (lower is better)",
-    "mse": "distance to full precision (lower is better)",
+    "mse": "squared pixel difference\nto full precision (lower is better)",
     "kid": "KID (lower is better)",
 }
-MARKERS = dict(zip(plots.COLOURS, cycle("os^vD<>pPX*h"), strict=False))
 
 
 def distance_bars(table, ax=None):
@@ -57,6 +56,8 @@ def quality_against_bits(table, measure="fcd", methods=None, title=None, relativ
         if level > 0 and not relative_to:
             ax.axhline(level, color="0.35", ls="--", label="full precision")
         ax.set(xlabel="bits of the activations", title=f"{width}-bit weights", yscale="linear" if relative_to else "log")
+    if not relative_to:
+        plots.plain_log(axes[0, 0].yaxis)
     axes[0, 0].set_ylabel(f"{measure.upper()} / that of {NAMES[relative_to]}" if relative_to else LABELS[measure])
     axes[0, -1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     if title:
@@ -78,7 +79,7 @@ def _panel(ax, rows, measure, methods):
             continue
         shifted = by.index + 0.03 * (i - len(methods) / 2)  # so that bars do not hide each other
         spread = [by["mean"] - by["min"], by["max"] - by["mean"]]
-        ax.errorbar(shifted, by["mean"], spread, color=plots.COLOURS[method], marker=MARKERS[method], ms=5, lw=1.4,
+        ax.errorbar(shifted, by["mean"], spread, color=plots.COLOURS[method], marker=plots.MARKERS[method], ms=5, lw=1.4,
                     label=NAMES[method])  # fmt: skip
     ax.set_xticks(sorted(rows.activations.unique()))
 
@@ -144,7 +145,7 @@ def quality_against_steps(table, measure="fcd", title=None):
     for method in [method for method in plots.COLOURS if method in set(table.method)]:
         by = table[table.method == method].groupby("steps")[measure].agg(["mean", "min", "max"])
         spread = [by["mean"] - by["min"], by["max"] - by["mean"]]
-        style = dict(ls="--", marker=None) if method == "full precision" else dict(marker=MARKERS[method], ms=5)
+        style = dict(ls="--", marker=None) if method == "full precision" else dict(marker=plots.MARKERS[method], ms=5)
         ax.errorbar(by.index, by["mean"], spread, color=plots.COLOURS[method], lw=1.4, label=NAMES[method], **style)
     steps = sorted(table.steps.unique())
     ax.set(xscale="log", xlabel="sampling steps", ylabel=LABELS[measure], title=title or "")
@@ -230,7 +231,9 @@ def loss_lines(curves, above=None, title=None):
         group = curves[(curves.weights == w) & (curves.activations == a)]
         for method, lines in group.groupby("method", sort=False):
             mean = lines.groupby("iteration").loss.mean()
-            ax.plot(mean.index, mean, color=plots.COLOURS[method], marker=MARKERS[method], ms=4, lw=1.2, label=NAMES[method])
+            ax.plot(
+                mean.index, mean, color=plots.COLOURS[method], marker=plots.MARKERS[method], ms=4, lw=1.2, label=NAMES[method]
+            )
         logarithmic = above and ax.dataLim.ymin > 0
         ax.set(xlabel="iteration", title=f"W{w}A{a}" if w else "no quantizer", yscale="log" if logarithmic else "linear")
         ax.set_ylabel("denoising loss (squared error)" + (f",\nabove {NAMES[above]}" if above else ""))

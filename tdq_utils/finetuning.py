@@ -16,7 +16,7 @@ from tdq_utils.calibration import calibrate
 from tdq_utils.errors import TDQError
 from tdq_utils.models import fingerprint
 from tdq_utils.quantize import activation_quantizers, checked_state, quantize, quantized_layers, restore
-from tdq_utils.rules import RULES
+from tdq_utils.rules import PACT_DECAY, RULES
 from tdq_utils.temporal import StepGenerator
 from tdq_utils.training import denoising_loss, iteration_generator, load_state, save_state, update_ema
 
@@ -36,7 +36,7 @@ STEP_RATE, GENERATOR_RATE = 100.0, 1.0
 
 def finetune(model, scheduler, images, method="tdq", weights=4, activations=4, iterations=600, batch=64, rate=6e-4,
              step_rate=STEP_RATE, generator_rate=GENERATOR_RATE, warmup=50, clip=1.0, ema_decay=0.99, distill=0.0, seed=0,
-             split_skips=False, out=None, progress=True, **calibration):  # fmt: skip
+             split_skips=False, decay=PACT_DECAY, out=None, progress=True, **calibration):  # fmt: skip
     """Quantize a full-precision model, calibrate it, and train it on the ordinary denoising loss, in place.
 
     Each sample has its own t, so s(t) has one value a sample; afterwards :func:`tdq_utils.quantize.freeze` turns it into
@@ -58,6 +58,7 @@ def finetune(model, scheduler, images, method="tdq", weights=4, activations=4, i
         ema_decay: of the average of weights, step sizes and generators that the model ends with.
         distill: share of the loss that is the error against the full-precision model's prediction, 0 to 1.
         seed: of data, noise, dropout and generators. split_skips: as for :func:`tdq_utils.quantize.quantize`.
+        decay: of PACT's alpha (:func:`tdq_utils.rules.pact`); the other rules have none.
         out: folder for the state, saved every minute; a run found there goes on, with the same losses bit for bit.
             progress: show bars.
         calibration: ``data`` or ``profile`` and other arguments of :func:`tdq_utils.calibration.calibrate`.
@@ -73,16 +74,17 @@ def finetune(model, scheduler, images, method="tdq", weights=4, activations=4, i
     settings = dict(method=method, weights=weights, activations=activations, iterations=iterations, batch=batch, rate=rate,
                     step_rate=step_rate, generator_rate=generator_rate, warmup=warmup, clip=clip, ema_decay=ema_decay,
                     distill=distill, seed=seed, split_skips=split_skips, images=len(images))  # fmt: skip
-    _check_settings(settings)
-    path = _state_path(out, dict(model=fingerprint(model), **settings)) if out else None
+    _check_settings(settings, decay)
     rule, source = FINETUNED[method]
+    rule_options = dict(decay=decay) if rule == "pact" else {}
+    path = _state_path(out, dict(model=fingerprint(model), **settings, **rule_options)) if out else None
     teacher = dict(teacher=copy.deepcopy(model), distill=distill) if distill else {}
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     quantize(model, weights, activations, source, split_skips=split_skips)
     checked_state(model).before = before
     try:
         calibrate(model, scheduler, progress=progress, seed=seed, **calibration)
-        _learn(model, rule, step_rate > 0)
+        _learn(model, partial(RULES[rule], **rule_options), step_rate > 0)
         trainer = _Trainer(model, _groups(model, rate, step_rate, generator_rate), ema_decay, clip, path)
         images = images.to(next(model.parameters()).device)
         loss = partial(denoising_loss, model, images, scheduler, batch, **teacher)
@@ -97,7 +99,7 @@ def finetune(model, scheduler, images, method="tdq", weights=4, activations=4, i
     return losses
 
 
-def _check_settings(settings):
+def _check_settings(settings, decay):
     """Refuse bad values before any work."""
     if settings["method"] not in FINETUNED:
         raise TDQError(f"method must be one of {', '.join(FINETUNED)}; got {settings['method']!r}.")
@@ -111,6 +113,8 @@ def _check_settings(settings):
     for name in ("rate", "step_rate", "generator_rate"):
         if not settings[name] >= 0:
             raise TDQError(f"{name} must be 0 (learn nothing) or more; got {settings[name]}.")
+    if not decay >= 0:
+        raise TDQError(f"decay must be 0 (nothing holds PACT's grid) or more; got {decay}.")
 
 
 def _state_path(out, settings):
@@ -148,7 +152,7 @@ def _learn(model, rule, scaled):
         layer.weight_step = nn.Parameter(s.clone())
         parametrize.register_parametrization(layer, "weight_step", _Exp())
     for quantizer in activation_quantizers(model).values():
-        quantizer.rule = RULES[rule]
+        quantizer.rule = rule
         if scaled and isinstance(quantizer.step, StepGenerator):
             quantizer.step.learn_scale()
     model.requires_grad_(True)

@@ -9,12 +9,15 @@ from tdq_utils.temporal import RawTime
 CONSTANT_RATES = {"lsq": (0.1, 1, 10, 100, 300), "pact": (10, 100, 300), "nipq": (10, 100, 300)}
 TDQ_RATES = ((0, 1), (100, 1), (0, 3), (100, 0.3), (0, 10), (100, 3), (300, 1), (100, 10))
 
-# What else might decide between TDQ and LSQ: variant -> arguments of calibrate.
+# What else might decide: variant -> methods that it is tried with, arguments of finetune and calibrate.
 VARIANTS = {
-    "symmetric grid": dict(shifted=False),
-    "no dropout": dict(dropout=0.0),
-    "from the best constant": dict(follow=0.0),
-    "raw t": dict(features=RawTime()),
+    "symmetric grid": (("lsq", "tdq"), dict(shifted=False)),
+    "no dropout": (("tdq",), dict(dropout=0.0)),
+    "from the best constant": (("tdq",), dict(follow=0.0)),
+    "raw t": (("tdq",), dict(features=RawTime())),
+    "decay 1e-3": (("pact",), dict(decay=1e-3)),
+    "decay 1e-5": (("pact",), dict(decay=1e-5)),
+    "decay 1e-6": (("pact",), dict(decay=1e-6)),
 }
 
 
@@ -30,19 +33,17 @@ class Trial(QatJob):
 
     @property
     def options(self):
-        """Further arguments of ``calibrate``."""
-        return {**super().options, **VARIANTS.get(self.variant, {})}
+        """Further arguments of ``finetune`` and ``calibrate``."""
+        return {**super().options, **(VARIANTS[self.variant][1] if self.variant in VARIANTS else {})}
 
 
 def trial_jobs(iterations=150, batch=64):
-    """The jobs of the table of trials, at W4A4: every method at several rates; TDQ, and LSQ where it applies, in variants."""
+    """The jobs of the table of trials, at W4A4: every method at several rates, and variants of one thing at a time."""
     untrained = Trial("full precision", iterations=0, batch=0, step_rate=0.0)
     start = replace(untrained, weights=HEADLINE[0], activations=HEADLINE[1], iterations=iterations, batch=batch)
     rates = [(method, rate, 0) for method, rates in CONSTANT_RATES.items() for rate in rates]
     rates += [("tdq", *pair) for pair in TDQ_RATES]
     jobs = [replace(start, method=name, step_rate=float(a), generator_rate=float(b)) for name, a, b in rates]
-    lsq, tdq = start.trained("lsq"), start.trained("tdq")
-    jobs += [replace(job, variant="symmetric grid") for job in (lsq, tdq)]
-    jobs += [replace(job, split_skips=True) for job in (lsq, tdq)]
-    jobs += [replace(tdq, variant=variant) for variant in VARIANTS if variant != "symmetric grid"]
+    jobs += [start.trained(method, split_skips=True) for method in ("lsq", "tdq")]
+    jobs += [start.trained(method, variant=name) for name, (methods, _) in VARIANTS.items() for method in methods]
     return [untrained, *jobs]

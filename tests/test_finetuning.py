@@ -113,6 +113,18 @@ def test_step_sizes_learn_at_rates_of_their_own(unet, scheduler, images, profile
     assert not any("log_scale" in name for name in seen)  # the generator as published
 
 
+def test_decay_narrows_the_grid_of_pact_and_of_no_other(unet, scheduler, images, profile):
+    found = {}
+    for method, decay in itertools.product(("pact", "tdq-pact", "lsq"), (0.0, 10.0)):
+        train(unet, scheduler, images, profile, method=method, iterations=3, decay=decay)
+        steps = [quantizer.step.at(torch.tensor([500])) for quantizer in activation_quantizers(unet).values()]
+        found[method, decay] = torch.cat(steps).log().mean().item()
+        restore(unet)
+    for method in ("pact", "tdq-pact"):
+        assert found[method, 10.0] < found[method, 0.0] - 0.01
+    assert found["lsq", 10.0] == found["lsq", 0.0]
+
+
 @pytest.mark.parametrize("method", ["tdq", "nipq"])
 def test_a_killed_run_goes_on_with_the_same_losses(unet, scheduler, images, profile, method, monkeypatch, tmp_path):
     monkeypatch.setattr(finetuning, "time", SimpleNamespace(monotonic=itertools.count(step=100).__next__))
@@ -195,7 +207,7 @@ def test_nothing_is_begun_with_a_count_below_one(unet, scheduler, images, name):
     assert not hasattr(unet, "quantization")
 
 
-@pytest.mark.parametrize("name", ["rate", "step_rate", "generator_rate"])
+@pytest.mark.parametrize("name", ["rate", "step_rate", "generator_rate", "decay"])
 @pytest.mark.parametrize("value", [-1.0, float("nan")])
 def test_rates_are_not_negative(unet, scheduler, images, name, value):
     with pytest.raises(TDQError, match=f"{name} must be 0 .* or more; got {value}"):

@@ -29,7 +29,6 @@ def test_every_method_at_every_pair_of_bits_with_controls_and_each_row_once():
         ("lsq", 4, 0),
         ("tdq", 4, 0),
     }
-    assert {(job.method, job.weights, job.iterations) for job in jobs if job.split_skips} == {("lsq", 4, 600), ("tdq", 4, 600)}
     assert {(job.method, job.steps) for job in jobs if job.steps != 20} == {
         (method, steps) for method in ("full precision", "lsq", "tdq") for steps in (10, 50, 100)
     }
@@ -41,7 +40,7 @@ def test_default_trainings_are_those_of_the_planned_comparison():
     assert set(default.method) == {*FINETUNED, "fine-tuned"}
     assert not default.duplicated(["method", "weights", "activations", "repeat"]).any()
     rest = table[(table.iterations > 0) & ~default_trainings(table)]
-    assert len(rest) == 4 + 2 + 2  # other rates, split skips, longer
+    assert len(rest) == 4 + 2  # other rates, longer
 
 
 def test_one_training_serves_every_number_of_sampling_steps():

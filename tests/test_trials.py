@@ -4,9 +4,9 @@ import pandas as pd
 import pytest
 import torch
 
-from tdq_utils import trials
 from tdq_utils.finetuning import GENERATOR_RATE, STEP_RATE, finetune
 from tdq_utils.quantize import activation_quantizers
+from tdq_utils.rules import PACT_DECAY
 from tdq_utils.trials import VARIANTS, Trial, trial_jobs
 
 
@@ -28,18 +28,25 @@ def test_a_variant_differs_from_a_row_beside_it_in_nothing_else():
     changed = jobs.drop(plain.index)
     assert set(changed.variant) == {*VARIANTS, "-"}
     beside = changed.assign(variant="-", split_skips=False).merge(plain, how="inner")
-    assert len(beside) == len(changed) == 2 + 2 + 3  # the grid and the skips with LSQ, too
+    assert len(beside) == len(changed) == 2 + 2 + 3 + 3  # grid and skips with LSQ, too; generators; decays
 
 
 def test_trials_have_folders_of_their_own():
     assert len({job.name for job in trial_jobs()}) == len(trial_jobs())
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+def test_decays_are_those_of_pact():
+    jobs = [job for job in trial_jobs() if job.variant.startswith("decay")]
+    assert {job.method for job in jobs} == {"pact"}
+    decays = [job.options["decay"] for job in jobs]
+    assert min(decays) < PACT_DECAY < max(decays)
+
+
+@pytest.mark.parametrize("variant", [name for name, (methods, _) in VARIANTS.items() if "tdq" in methods])
 def test_a_variant_is_trained_as_it_says(unet, scheduler, profile, variant):
     images = torch.rand(4, 1, 8, 8) * 2 - 1
     options = Trial("tdq", 4, 4, variant=variant).options
-    assert options == trials.VARIANTS[variant]
+    assert options == VARIANTS[variant][1]
     finetune(unet, scheduler, images, "tdq", iterations=1, batch=2, warmup=1, profile=profile, progress=False, **options)
     quantizers = activation_quantizers(unet).values()
     settings = [quantizer.step.settings() for quantizer in quantizers]

@@ -7,7 +7,8 @@ from tdq_utils.temporal import RawTime
 
 # Rates of constants, by method; of TDQ's factors and networks, in pairs. All relative to the rate of the weights.
 CONSTANT_RATES = {"lsq": (0.1, 1, 10, 100, 300), "pact": (10, 100, 300), "nipq": (10, 100, 300)}
-TDQ_RATES = ((0, 1), (100, 1), (0, 3), (100, 0.3), (0, 10), (100, 3), (300, 1), (100, 10))
+TDQ_RATES = ((0, 1), (100, 1), (0, 3), (100, 0.3), (100, 3), (300, 1))
+EIGHT_BITS = (("lsq", "-"), ("pact", "-"), ("pact", "decay 1e-5"), ("pact", "decay 1e-6"))  # what PACT's decay is to eight bits
 
 # What else might decide: variant -> methods that it is tried with, arguments of finetune and calibrate.
 VARIANTS = {
@@ -38,7 +39,7 @@ class Trial(QatJob):
 
 
 def trial_jobs(iterations=150, batch=64):
-    """The jobs of the table of trials, at W4A4: every method at several rates, and variants of one thing at a time."""
+    """The jobs of the table of trials, at W4A4 (``EIGHT_BITS``: W8A8): several rates, and variants of one thing at a time."""
     untrained = Trial("full precision", iterations=0, batch=0, step_rate=0.0)
     start = replace(untrained, weights=HEADLINE[0], activations=HEADLINE[1], iterations=iterations, batch=batch)
     rates = [(method, rate, 0) for method, rates in CONSTANT_RATES.items() for rate in rates]
@@ -46,4 +47,5 @@ def trial_jobs(iterations=150, batch=64):
     jobs = [replace(start, method=name, step_rate=float(a), generator_rate=float(b)) for name, a, b in rates]
     jobs += [start.trained(method, split_skips=True) for method in ("lsq", "tdq")]
     jobs += [start.trained(method, variant=name) for name, (methods, _) in VARIANTS.items() for method in methods]
+    jobs += [replace(start.trained(method, variant=name), weights=8, activations=8) for method, name in EIGHT_BITS]
     return [untrained, *jobs]

@@ -23,7 +23,7 @@ def test_rates_to_choose_from_hold_the_one_chosen_and_others_on_both_sides():
 
 
 def test_a_variant_differs_from_a_row_beside_it_in_nothing_else():
-    jobs = pd.DataFrame(trial_jobs())
+    jobs = pd.DataFrame(trial_jobs()).query("weights == 4")
     plain = jobs[(jobs.variant == "-") & ~jobs.split_skips]
     changed = jobs.drop(plain.index)
     assert set(changed.variant) == {*VARIANTS, "-"}
@@ -38,8 +38,9 @@ def test_trials_have_folders_of_their_own():
 def test_decays_are_those_of_pact():
     jobs = [job for job in trial_jobs() if job.variant.startswith("decay")]
     assert {job.method for job in jobs} == {"pact"}
-    decays = [job.options["decay"] for job in jobs]
+    decays = [job.options["decay"] for job in jobs if job.weights == 4]
     assert min(decays) < PACT_DECAY < max(decays)
+    assert {job.options["decay"] for job in jobs if job.weights == 8} < set(decays)
 
 
 @pytest.mark.parametrize("variant", [name for name, (methods, _) in VARIANTS.items() if "tdq" in methods])

@@ -236,6 +236,8 @@ def loss_lines(curves, above=None, title=None):
             )
         logarithmic = above and ax.dataLim.ymin > 0
         ax.set(xlabel="iteration", title=f"W{w}A{a}" if w else "no quantizer", yscale="log" if logarithmic else "linear")
+        if logarithmic:
+            plots.plain_log(ax.yaxis)
         ax.set_ylabel("denoising loss (squared error)" + (f",\nabove {NAMES[above]}" if above else ""))
     _legend_beside(axes)
     if title:

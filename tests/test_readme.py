@@ -38,7 +38,7 @@ def readme_table(title):
 def check(title, rows_of):
     """Every cell is what ``rows_of(label)`` holds at its bits: the mean, and the least and greatest of several repeats."""
     cells = readme_table(title)
-    assert len(cells) >= 20
+    assert len(cells) >= 30
     for label, bits, shown in cells:
         rows = rows_of(label)
         w, a = (int(n) for n in re.findall(r"\d+", bits))
@@ -69,9 +69,8 @@ def test_training():
     check("with training", rows_of)
 
 
-def test_the_first_recipe():
-    table = pd.read_csv(ROOT / "data/results/qat_first.csv")
-    table = table[(table.weights == 4) & (table.activations == 4) & (table.steps == 20)]
-    table = table[(table.iterations > 0) & (table.step_rate < 1)]
-    fcd = table.groupby("method").fcd.mean()
-    assert f"LSQ {fcd['lsq']:.2f}, TDQ {fcd['tdq']:.2f}" in (ROOT / "README.md").read_text()
+def test_constants_that_hardly_move():
+    table = pd.read_csv(ROOT / "data/results/qat.csv")
+    slow = table[(table.method == "lsq") & (table.weights == 4) & (table.step_rate == 0.1)]
+    assert len(slow) == 2
+    assert f"(LSQ {slow.fcd.mean():.2f})" in (ROOT / "README.md").read_text()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tdq_utils import plots, profile_activations
+from tdq_utils.profiling import bin_centres
 from tdq_utils.quantizers import squared_error
 
 matplotlib.use("Agg")
@@ -61,6 +62,34 @@ def test_truncation_and_rounding_add_up_to_the_error(profile):
     truncation, rounding = plots.split_error(values, counts, s, grid)
     assert truncation[0] > 0
     np.testing.assert_allclose(truncation + rounding, squared_error(values, counts, s, grid) / counts.sum(1), rtol=1e-5)
+
+
+def test_histograms_of_all_t_have_bars_of_one_width_and_exact_shares(profile):
+    drifting = max(profile.layers, key=lambda layer: np.ptp(profile.limit[profile.row(layer)]))
+    i, s, widths = profile.row(drifting), profile.best_steps(drifting, 4)[0], set()
+    assert len(set(profile.limit[i])) > 1  # so that their bins differ
+    for step, t in enumerate(profile.t):
+        ax = plots.histogram_with_grid(profile, drifting, t, bits=4, s=s).axes[0]
+        widths |= {round(width, 9) for patch in ax.patches for width in np.diff(patch.get_data().edges)}
+        levels = plots._levels(s, profile.grid(drifting, 4))
+        centres = bin_centres(profile.limit[i, step])
+        outside = (centres < levels[0] - s.item() / 2) | (centres > levels[-1] + s.item() / 2)
+        share = profile.counts[i, step][outside].sum() / profile.counts[i, step].sum()
+        assert f"truncated: {share:.1%}" in [text.get_text() for text in ax.get_legend().get_texts()]
+        assert sum(np.nansum(patch.get_data().values) for patch in ax.patches) == pytest.approx(1)
+        plt.close(ax.figure)
+    assert len(widths) == 1
+
+
+def test_logarithmic_ticks_are_plain_numbers():
+    ax = plots.axes_of(None)
+    ax.plot([1, 2], [0.003, 0.4])
+    ax.set_yscale("log")
+    plots.plain_log(ax.yaxis)
+    ax.figure.draw_without_rendering()
+    assert {"0.005", "0.01", "0.2"} <= {label.get_text() for label in ax.get_yticklabels()}
+    assert not any(label.get_text() for label in ax.get_yticklabels(minor=True))
+    plt.close(ax.figure)
 
 
 def test_lines_over_t_never_share_a_colour():

@@ -7,7 +7,7 @@ must give up its core instead of spinning on it.
 import os
 from pathlib import Path
 
-from tdq_utils.integer import INT8_FLAGS, cpu_flags
+from tdq_utils.run.integer import INT8_FLAGS, cpu_flags
 
 OFFLINE = Path(__file__).parent / "tests" / "offline"
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(OFFLINE), os.environ.get("PYTHONPATH")]))

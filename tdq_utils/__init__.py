@@ -1,23 +1,84 @@
 """Temporal Dynamic Quantization of diffusion models: profile, quantize, calibrate, compare."""
 
-from tdq_utils.calibration import calibrate
-from tdq_utils.datasets import load_images
-from tdq_utils.models import load_model
-from tdq_utils.profiling import Profile, profile_activations
-from tdq_utils.quantize import freeze, quantize, restore
-from tdq_utils.sampling import sample
-from tdq_utils.storage import load_quantized, save_quantized
+import importlib
+from typing import Any
+
+from tdq_utils.denoiser.loading import load_model
+from tdq_utils.denoiser.profile import Profile
+from tdq_utils.denoiser.recording import profile_activations
+from tdq_utils.denoiser.sampling import noise, sample, timesteps
+from tdq_utils.errors import DataError, TDQError
+from tdq_utils.fit.calibration import calibrate
+from tdq_utils.fit.calibration_set import CalibrationSet
+from tdq_utils.fit.finetuning import finetune
+from tdq_utils.fit.quantize import (
+    METHODS,
+    activation_quantizers,
+    freeze,
+    full_precision,
+    kept_layers,
+    quantize,
+    quantized_layers,
+    restore,
+)
+from tdq_utils.method.generator import FourierFeatures, RawTime, StepGenerator
+from tdq_utils.method.grid import Grid, fake_quantize, mse_step, squared_error
+from tdq_utils.method.rules import RULES
+from tdq_utils.method.step_sizes import StaticStep
+from tdq_utils.run.integer import to_integer
+from tdq_utils.run.storage import load_quantized, save_quantized
+
+# What needs torchmetrics, onnx, matplotlib or pandas is imported when it is first used.
+_HEAVY = {
+    "lab": ["bench", "fid", "load_images:datasets", "reproduce", "tables"],
+    "run": ["onnx"],
+    "show": ["NAMES:names", "plots", "result_plots", "widgets"],
+}
+_HOMES = {name: (wing, *home) for wing, names in _HEAVY.items() for name, *home in (entry.split(":") for entry in names)}
 
 __all__ = [
+    "METHODS",
+    "RULES",
+    "CalibrationSet",
+    "DataError",
+    "FourierFeatures",
+    "Grid",
     "Profile",
+    "RawTime",
+    "StaticStep",
+    "StepGenerator",
+    "TDQError",
+    "activation_quantizers",
     "calibrate",
+    "fake_quantize",
+    "finetune",
     "freeze",
-    "load_images",
+    "full_precision",
+    "kept_layers",
     "load_model",
     "load_quantized",
+    "mse_step",
+    "noise",
     "profile_activations",
     "quantize",
+    "quantized_layers",
     "restore",
     "sample",
     "save_quantized",
+    "squared_error",
+    "timesteps",
+    "to_integer",
+    *_HOMES,
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tdq_utils' has no attribute {name!r}")
+    wing, *home = _HOMES[name]
+    module = importlib.import_module(".".join(["tdq_utils", wing, *(home or [name])]))
+    return getattr(module, name) if home else module
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -29,7 +29,7 @@ def demo(args):
 
 def train_unet(args):
     """Train the shipped denoiser."""
-    from tdq_utils.training import train_unet as train
+    from tdq_utils.lab.training import train_unet as train
 
     folder = train(args.out, args.iterations, args.batch, args.seed, root=args.root, compiled=args.compile, device=args.device)
     print(f"EMA weights: {folder}")
@@ -37,18 +37,19 @@ def train_unet(args):
 
 def train_classifier(args):
     """Train the feature classifier and measure the reference statistics."""
-    from tdq_utils.training import train_classifier as train
+    from tdq_utils.lab.training import train_classifier as train
 
     print(f"Test accuracy {train(args.out, args.epochs, seed=args.seed, root=args.root):.4f}; written to {args.out}")
 
 
 def compare(args):
     """Compare quantizers on a model: rows of distances as CSV, optionally a picture."""
-    from tdq_utils import plots
-    from tdq_utils.experiments import CALIBRATION_SEEDS, NAMES, compare, headline
-    from tdq_utils.models import load_model
-    from tdq_utils.profiling import profile_activations
-    from tdq_utils.quantize import kept_layers
+    from tdq_utils.denoiser.loading import load_model
+    from tdq_utils.denoiser.recording import profile_activations
+    from tdq_utils.fit.quantize import kept_layers
+    from tdq_utils.lab.tables.quickstart import CALIBRATION_SEEDS, compare, headline
+    from tdq_utils.show import plots
+    from tdq_utils.show.names import NAMES
 
     model, scheduler = load_model(args.model)
     settings = [(method, args.weights, bits) for bits in args.activations for method in args.methods]
@@ -70,7 +71,7 @@ def compare(args):
 def calibrate(args):
     """Quantize a model, calibrate it on its own trajectory, and save it as a folder."""
     from tdq_utils import load_model, quantize, save_quantized
-    from tdq_utils.calibration import calibrate as choose_steps
+    from tdq_utils.fit.calibration import calibrate as choose_steps
 
     model, scheduler = load_model(args.model)
     quantize(model, args.weights, args.activations, args.method, split_skips=args.split_skips)
@@ -86,13 +87,13 @@ SHOWN = ("question", "variant", "steps", "method", "weights_method", "weights", 
 
 def reproduce(args):
     """Measure a table of the paper; a row that is there already is not measured again."""
-    from tdq_utils.ablations import ablation_jobs
-    from tdq_utils.models import load_model
-    from tdq_utils.ptq import ptq_jobs
-    from tdq_utils.qat import add_losses, loss_curves, qat_jobs
-    from tdq_utils.reproduce import default_cache, processes
-    from tdq_utils.reproduce import reproduce as measure
-    from tdq_utils.trials import trial_jobs
+    from tdq_utils.denoiser.loading import load_model
+    from tdq_utils.lab.reproduce import default_cache, processes
+    from tdq_utils.lab.reproduce import reproduce as measure
+    from tdq_utils.lab.tables.ablations import ablation_jobs
+    from tdq_utils.lab.tables.ptq import ptq_jobs
+    from tdq_utils.lab.tables.qat import add_losses, loss_curves, qat_jobs
+    from tdq_utils.lab.tables.trials import trial_jobs
 
     if args.table in ("ablations", "trials") and (args.quick or args.steps):
         raise TDQError(f"--quick and --steps belong to ptq and qat; {args.table} fixes its own. Leave them out.")
@@ -122,7 +123,8 @@ def reproduce(args):
 
 def bench(args):
     """Cost of profiling, of simulation and of integers, as ratios; time by kind of work; memory."""
-    from tdq_utils import bench, load_model
+    from tdq_utils import load_model
+    from tdq_utils.lab import bench
 
     model, scheduler = load_model(args.model)
     print(bench.machine())

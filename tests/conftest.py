@@ -6,7 +6,7 @@ import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 
 from tdq_utils import Profile, calibrate, profile_activations, quantize
-from tdq_utils.profiling import Histogram
+from tdq_utils.denoiser.recording import Histogram
 
 CONFIGS = {
     UNet2DModel: {

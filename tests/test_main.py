@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from tdq_utils import training
 from tdq_utils.__main__ import main, parser
+from tdq_utils.lab import training
 
 
 @pytest.mark.parametrize("command", ["demo", "train-unet", "train-classifier", "compare", "calibrate", "reproduce", "bench"])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from tdq_utils.qat import default_trainings
+from tdq_utils.lab.tables.qat import default_trainings
 
 ROOT = Path(__file__).parents[1]
 METHODS = {

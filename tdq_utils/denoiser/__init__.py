@@ -1,0 +1,1 @@
+"""The model as it is met, and what it does over the time steps."""

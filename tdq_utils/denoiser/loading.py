@@ -1,0 +1,67 @@
+"""Load a denoiser and its scheduler by a short name, a folder or a hub id."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers.utils.logging import disable_progress_bar
+
+from tdq_utils.errors import DataError
+
+# The repository's data folder; a wheel without it can point elsewhere.
+DATA = Path(os.environ.get("TDQ_DATA", Path(__file__).resolve().parents[2] / "data"))
+CATALOGUE = {"fashion-mnist": DATA / "models" / "fashion-mnist"}
+
+
+def load_model(name="fashion-mnist", device=None):
+    """Load a time-step-conditioned denoiser and a DDIM scheduler for it.
+
+    Args:
+        name: a name of the catalogue (``"fashion-mnist"`` ships), a folder in diffusers' pipeline layout,
+            or a hub id such as ``"google/ddpm-cifar10-32"`` (needs the network or a filled cache).
+        device: where to put the model; default: CUDA if there is one, else the CPU.
+
+    Returns:
+        ``(model, scheduler)``: the denoiser in eval mode, gradients off, channels-last; a
+        ``DDIMScheduler`` with "trailing" spacing, so that sampling starts at t = 999.
+
+    Raises:
+        DataError: unknown name, a folder without a pipeline, or no network.
+    """
+    source = CATALOGUE.get(str(name), Path(name))
+    if not source.is_dir() and (str(name) in CATALOGUE or len(Path(name).parts) != 2 or Path(name).is_absolute()):
+        raise DataError(
+            f"load_model takes one of {', '.join(CATALOGUE)}, an existing folder in diffusers' layout, or a hub id "
+            f"'owner/name'; got {str(name)!r}, and {source} is no folder."
+        )
+    pipeline = _load_pipeline(source if source.is_dir() else str(name))
+    model = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    if model is None:
+        raise DataError(f"{name} must be a pipeline with a 'unet' or a 'transformer'; got {type(pipeline).__name__}.")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    return model, DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+
+
+def _load_pipeline(source):
+    disable_progress_bar()  # a bar for two files says nothing, and notebooks would store it
+    try:
+        return DiffusionPipeline.from_pretrained(source, local_files_only=isinstance(source, Path))
+    except (OSError, ValueError) as error:
+        if isinstance(source, Path):
+            raise DataError(f"{source} must hold a diffusers pipeline (model_index.json): {error}") from error
+        offline = " HF_HUB_OFFLINE is set." if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise DataError(
+            f"Could not load {source!r} from the hub: {error}.{offline} Connect to the network once (the files are then "
+            f"cached), pass a folder, or use a shipped model: {', '.join(CATALOGUE)}."
+        ) from error
+
+
+def fingerprint(model):
+    """Twelve hex digits that tell models apart: a hash of the weights. Of a quantized model, take it in full precision."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(name.encode() + parameter.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]

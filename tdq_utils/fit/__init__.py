@@ -1,0 +1,1 @@
+"""Change the model: put quantizers in, choose them, learn them, take them out."""

@@ -1,0 +1,202 @@
+"""Learn on a calibration set: step sizes by the outputs of blocks or of the model, and how weights are rounded."""
+
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from tdq_utils.fit.quantize import activation_quantizers, checked_state, full_precision, quantized_layers, round_weights
+from tdq_utils.method.generator import StepGenerator
+from tdq_utils.method.step_sizes import LearnedStep, TimeSteps
+
+TARGETS = ("block", "noise")
+# The units of reconstruction, as in BRECQ (Li et al. 2021): residual blocks, attention, resampling.
+BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock", "Attention", "Downsample2D", "Upsample2D")
+
+
+def blocks(model):
+    """``{name: module}``: the outermost blocks that hold quantized layers; a layer outside of any is its own block."""
+    units = {}
+    for layer in quantized_layers(model):
+        parts = layer.split(".")
+        ancestors = [".".join(parts[:i]) for i in range(1, len(parts))]
+        unit = next((name for name in ancestors if type(model.get_submodule(name)).__name__ in BLOCKS), layer)
+        units[unit] = model.get_submodule(unit)
+    return units
+
+
+def refine(model, data, target="block", iterations=200, rate=1e-3, batch_size=16, seed=0, progress=True):
+    """Descend the error of outputs instead of inputs: go on with the step sizes that "learned" or "tdq" chose.
+
+    All step sizes learn together, by LSQ's gradient, from random samples of the set at mixed t.
+
+    Args:
+        model: calibrated by "learned" or "tdq". data: its :class:`tdq_utils.fit.calibration_set.CalibrationSet`.
+        target: ``"block"``: every block gets the full-precision input and should give the full-precision output, in
+            parallel, each relative to the variance of its output (as BRECQ, without its order); ``"noise"``: the
+            model should predict the full-precision noise.
+        iterations: of Adam with a cosine rate from ``rate``. batch_size: samples an iteration.
+        seed: of the samples drawn and of dropout.
+
+    Returns:
+        The loss of each iteration.
+    """
+    steps = [quantizer.step for quantizer in activation_quantizers(model).values()]
+    sources = [step for step in steps if isinstance(step, (LearnedStep, StepGenerator))]
+    parameters = [parameter for source in sources for parameter in source.parameters()]
+    loss = {"block": _block_error, "noise": _noise_error}[target]
+    for source in sources:
+        source.train()
+    try:
+        return _descend(model, data, loss, parameters, iterations, rate, batch_size, seed, progress, f"refine by {target}")
+    finally:
+        for source in sources:
+            source.eval()
+
+
+def _descend(model, data, loss, parameters, iterations, rate, batch_size, seed, progress, title, before=None):
+    """Adam on ``loss(model, batch)`` over ``parameters`` alone; ``before(i)`` runs first in iteration i and may add to it."""
+    losses, device = [], next(model.parameters()).device
+    optimizer = torch.optim.Adam(parameters, lr=rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]), _only(model, parameters):
+        torch.manual_seed(seed)
+        for i in tqdm(range(iterations), desc=title, disable=not progress, leave=False):
+            extra = before(i) if before else 0.0
+            error = loss(model, data.draw(batch_size, generator, device)) + extra
+            optimizer.zero_grad()
+            error.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(error.item())
+    return losses
+
+
+@contextmanager
+def _only(model, parameters):
+    """While open, gradients reach ``parameters`` and no other of the model's."""
+    wanted = {id(parameter) for parameter in parameters}
+    needed = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    for parameter in needed:
+        parameter.requires_grad_(id(parameter) in wanted)
+    try:
+        yield
+    finally:
+        for parameter, flag in needed.items():
+            parameter.requires_grad_(flag)
+
+
+def _noise_error(model, batch):
+    x_t, t, condition = batch
+    with full_precision(model), torch.no_grad():
+        expected = model(x_t, t, **condition).sample
+    return (model(x_t, t, **condition).sample - expected).square().mean() / expected.var()
+
+
+def _block_error(model, batch):
+    """Mean over blocks of the squared error of the block's output, relative to the variance of that output."""
+    x_t, t, condition = batch
+    units, seen = blocks(model), {}
+    with full_precision(model), torch.no_grad(), _watching(model, units, seen):
+        model(x_t, t, **condition)
+    clock = checked_state(model).clock
+    clock.now = TimeSteps(t, len(x_t))  # blocks are called without the model around them
+    try:
+        errors = [
+            (unit(*args, **kwargs) - expected).square().mean() / expected.var().clamp_min(1e-12)
+            for unit, (args, kwargs, expected) in ((units[name], seen[name]) for name in seen)
+        ]
+    finally:
+        clock.now = None
+    return torch.stack(errors).mean()
+
+
+@contextmanager
+def _watching(model, units, seen):
+    """While open, the arguments and the output of each unit's call land in ``seen``."""
+
+    def watch(name):
+        def hook(module, args, kwargs, output):
+            seen[name] = args, kwargs, output
+
+        return hook
+
+    # A unit that is a single layer is another module while the model is in full precision.
+    handles = [model.get_submodule(name).register_forward_hook(watch(name), with_kwargs=True) for name in units]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class SoftRounding(nn.Module):
+    """AdaRound's relaxed rounding of one layer's weights (Nagel et al. 2020, eq. 16-24).
+
+    ``w = s * clip(floor(w / s) + h(V))`` with ``h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1)``; V starts where h is the
+    fraction that rounding drops, so that the soft weights start as the weights themselves.
+    """
+
+    def __init__(self, layer):
+        super().__init__()
+        self.grid = layer.weight_grid
+        self.s = layer.spread_weight_step().detach()
+        scaled = layer.weight.detach() / self.s
+        self.floor = scaled.floor()
+        fraction = (scaled - self.floor).clamp(1e-4, 1 - 1e-4)
+        self.v = nn.Parameter(-torch.log(1.2 / (fraction + 0.1) - 1))
+
+    @property
+    def h(self):
+        """Share of a step that is rounded up, 0..1, like the weights."""
+        return (1.2 * self.v.sigmoid() - 0.1).clamp(0, 1)
+
+    def weight(self, up):
+        """The weights, with ``up`` (0..1) added to the levels below."""
+        return self.s * (self.floor + up).clamp(self.grid.q_min, self.grid.q_max)
+
+    def penalty(self, beta):
+        """Mean distance of h from a decision: near 1 at 0.5 and 0 at both ends; sharper with smaller ``beta``."""
+        return (1 - (2 * self.h - 1).abs().pow(beta)).mean()
+
+
+def adaround(model, data, iterations=400, rate=1e-2, batch_size=16, weight=0.01, seed=0, progress=True):
+    """Learn whether each weight is rounded up or down, by the outputs of blocks; activations stay in full precision.
+
+    Args:
+        model: quantized, calibrated or not. data: its :class:`tdq_utils.fit.calibration_set.CalibrationSet`.
+        iterations, rate, batch_size, seed: as for :func:`refine`. weight: of the penalty, in the second phase.
+
+    Returns:
+        The loss of each iteration. The learned levels stay in the layers as ``levels`` (int8).
+    """
+    layers = {name: layer for name, layer in quantized_layers(model).items() if layer.weight_grid is not None}
+    soft = {name: SoftRounding(layer) for name, layer in layers.items()}
+    activations = {name: layer.activation for name, layer in quantized_layers(model).items()}
+    warm = iterations // 5
+
+    def before(i):
+        for name, layer in layers.items():
+            layer.rounded = soft[name].weight(soft[name].h)
+        if i < warm:  # first reconstruct, then decide
+            return 0.0
+        beta = 2 + 18 * (1 - (i - warm) / max(1, iterations - warm))
+        return weight * torch.stack([rounding.penalty(beta) for rounding in soft.values()]).mean()
+
+    try:
+        for layer in quantized_layers(model).values():
+            layer.activation = None
+        parameters = [rounding.v for rounding in soft.values()]
+        losses = _descend(model, data, _block_error, parameters, iterations, rate, batch_size, seed, progress, "adaround", before)
+    finally:
+        for name, layer in quantized_layers(model).items():
+            layer.activation, layer.rounded = activations[name], None
+    for name, layer in layers.items():
+        up = (soft[name].h >= 0.5).float()
+        layer.levels = (soft[name].weight(up) / soft[name].s).round().to(torch.int8).detach()
+    if checked_state(model).frozen:
+        round_weights(model)
+    return losses

@@ -1,0 +1,1 @@
+"""Measure: data, distances, tables, timings."""

@@ -1,0 +1,1 @@
+"""The measured tables, one file each: which rows there are, and how one is made."""

@@ -1,0 +1,168 @@
+"""The table of quantization-aware training: every method in one loop, with its controls."""
+
+import copy
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from tdq_utils.errors import TDQError
+from tdq_utils.fit.finetuning import FINETUNED, GENERATOR_RATE, STEP_RATE, finetune
+from tdq_utils.fit.quantize import freeze
+from tdq_utils.lab.datasets import load_images
+from tdq_utils.lab.tables.ptq import CALIBRATION, Job
+from tdq_utils.run.storage import save_quantized
+
+BITS = ((4, 4), (3, 3), (4, 8), (8, 8))
+HEADLINE = (4, 4)  # gets a second repeat, and TDQ on the other rules
+FEWEST = (3, 3)  # gets a second repeat of LSQ and TDQ
+METHODS = ("lsq", "tdq", "pact", "nipq")
+LONGER = 3  # times the iterations, once for LSQ and TDQ: what the difference comes to
+SAMPLED_STEPS = (10, 50, 100)  # at which full precision, LSQ and TDQ are sampled, too
+UNTRAINED = ("mse", "tdq")  # what post-training quantization does at the same bits
+TOLD_APART = ("method", "weights", "activations", "repeat", "iterations", "step_rate", "generator_rate", "split_skips")
+
+
+@dataclass(frozen=True)
+class QatJob(Job):
+    """A row of the table: a training, or a control.
+
+    Attributes:
+        iterations: of training; 0 for post-training quantization, where ``method`` is one of calibrate's; else it is one of
+            ``FINETUNED``, or "fine-tuned": the full-precision model, trained for as long. batch: images an iteration.
+        step_rate, generator_rate: as for :func:`tdq_utils.fit.finetuning.finetune`; 0 where there is nothing to learn.
+        calibrated_steps: of the trajectories that calibration, which training starts from, sees.
+        split_skips: quantize the halves of skip inputs apart.
+    """
+
+    iterations: int = 600
+    batch: int = 64
+    step_rate: float = STEP_RATE
+    generator_rate: float = 0.0
+    calibrated_steps: int = 20
+    split_skips: bool = False
+
+    @property
+    def name(self):
+        """One training serves every number of sampling steps."""
+        return super().name if self.steps == self.calibrated_steps else replace(self, steps=self.calibrated_steps).name
+
+    @property
+    def calibration(self):
+        """``(trajectories, steps)`` that calibration sees."""
+        return CALIBRATION, self.calibrated_steps
+
+    @property
+    def quantization(self):
+        """Further arguments of ``quantize``."""
+        return dict(split_skips=True) if self.split_skips else {}
+
+    @property
+    def options(self):
+        """Further arguments of ``calibrate``, or ``finetune``, which has the seed already."""
+        return {} if self.iterations else super().options
+
+    def trained(self, method, **settings):
+        """The row of a training by ``method`` at the default rates; ``settings``: further fields."""
+        rates = dict(step_rate=STEP_RATE) if method in FINETUNED else {}
+        if rates and FINETUNED[method][1] == "tdq":
+            rates["generator_rate"] = GENERATOR_RATE
+        return replace(self, method=method, **rates, **settings)
+
+    def prepare(self, model, scheduler, calibration, folder, progress=False):
+        """Train in place, or calibrate. Goes on from ``folder``; leaves there ``loss.csv`` and ``model/``: frozen, packed."""
+        if self.iterations == 0:
+            return super().prepare(model, scheduler, calibration, folder, progress)
+        data, _ = calibration()
+        bits = dict(weights=self.weights or None, activations=self.activations or None)
+        method = "lsq" if self.method == "fine-tuned" else self.method
+        rates = dict(step_rate=self.step_rate, generator_rate=self.generator_rate)
+        how = dict(iterations=self.iterations, batch=self.batch, seed=self.repeat, **rates, **self.quantization, **self.options)
+        losses = finetune(model, scheduler, _training_images(), method, **bits, **how, out=folder, data=data, progress=progress)
+        pd.DataFrame({"loss": losses}).to_csv(folder / "loss.csv", index_label="iteration", float_format="%.5g")
+        frozen = copy.deepcopy(model)
+        freeze(frozen, scheduler, max(SAMPLED_STEPS))  # whose time steps include those of all the others
+        save_quantized(frozen, folder / "model", packed=self.weights > 0)
+        return dict(loss=np.mean(losses[-100:]))
+
+
+@cache
+def _training_images():
+    """The 10,000 training images that ship: what every clone has."""
+    return load_images(split="train-10k")
+
+
+def qat_jobs(quick=False, steps=20, iterations=600, batch=64):
+    """The jobs of the table, most wanted first. ``quick``: W4A4 with LSQ and TDQ alone.
+
+    Raises:
+        TDQError: a number of steps whose time steps are not among those that the trained models are frozen for.
+    """
+    if max(SAMPLED_STEPS) % steps:
+        raise TDQError(f"steps must divide {max(SAMPLED_STEPS)}, for which trained models are frozen; got {steps}.")
+    untrained = QatJob("full precision", steps=steps, iterations=0, batch=0, step_rate=0.0, calibrated_steps=steps)
+    headline = replace(untrained, weights=HEADLINE[0], activations=HEADLINE[1])
+    train = partial(QatJob.trained, iterations=iterations, batch=batch)
+    jobs = []
+    for repeat in range(1 if quick else 2):
+        jobs += [replace(untrained, method=name, repeat=repeat) for name in ("full precision", "real images")]
+        jobs += [replace(headline, method=name, repeat=repeat) for name in UNTRAINED]
+        jobs += [train(replace(headline, repeat=repeat), name) for name in METHODS[:2]]
+    if quick:
+        return jobs
+    compared = [job for job in jobs if job.iterations]
+    for repeat in range(2):
+        jobs += [train(replace(headline, repeat=repeat), name) for name in (*METHODS[2:], "tdq-pact", "tdq-nipq")]
+        jobs += [train(replace(untrained, repeat=repeat), "fine-tuned")]
+    full = [job for job in jobs if job.method == "full precision"]
+    jobs += [replace(job, steps=other) for other in SAMPLED_STEPS for job in (*full, *compared)]
+    for w, a in BITS:
+        if (w, a) != HEADLINE:
+            start = replace(untrained, weights=w, activations=a)
+            jobs += [replace(start, method=name) for name in UNTRAINED] + [train(start, name) for name in METHODS]
+            jobs += [train(replace(start, repeat=1), name) for name in METHODS[:2] if (w, a) == FEWEST]
+    # Controls: generators without a factor, as published; constants that hardly move.
+    jobs += [replace(job, step_rate=0.1 if job.method == "lsq" else 0.0) for job in compared]
+    jobs += [replace(job, iterations=LONGER * iterations) for job in compared[:2]]
+    return list(dict.fromkeys(jobs))
+
+
+def default_trainings(table):
+    """Which rows of the table, or of its loss curves, are trainings as :func:`tdq_utils.fit.finetuning.finetune` does by default.
+
+    The others are calibrations, and trainings with other rates, for longer, or with split skips.
+
+    Returns:
+        Series of bool, with the index of ``table``.
+    """
+    shortest = table.iterations[table.iterations > 0].min()
+    default = (table.step_rate == STEP_RATE) | (table.method == "fine-tuned")
+    return (table.iterations == shortest) & ~table.split_skips & default
+
+
+def loss_curves(jobs, cache, model, every=20):
+    """The losses that the trainings of ``model`` among ``jobs`` left in ``cache``, as means of ``every`` iterations.
+
+    Returns:
+        DataFrame with columns ``TOLD_APART``, where ``iterations`` is that of the whole training, ``iteration`` (the last of
+        each mean) and ``loss``; empty if there are none.
+    """
+    parts = [pd.DataFrame(columns=[*TOLD_APART, "iteration", "loss"])]
+    for folder, job in {job.folder(cache, model): job for job in jobs if job.iterations}.items():
+        if (folder / "loss.csv").exists():
+            loss = pd.read_csv(folder / "loss.csv").loss
+            means = loss.groupby(loss.index // every).mean()
+            who = {key: getattr(job, key) for key in TOLD_APART}
+            last = np.minimum((means.index + 1) * every, len(loss))
+            parts.append(pd.DataFrame(dict(**who, iteration=last, loss=means)))
+    return pd.concat(parts[1:] or parts, ignore_index=True)
+
+
+def add_losses(path, curves):
+    """Write loss curves into a CSV; those of other trainings that it holds stay."""
+    known = [pd.read_csv(path)] if Path(path).exists() else []
+    if len(curves):
+        key = [*TOLD_APART, "iteration"]
+        pd.concat([*known, curves]).drop_duplicates(key, keep="last").to_csv(path, index=False, float_format="%.5g")

@@ -1,0 +1,1 @@
+"""The mathematics: tensors in, tensors out; it knows no model."""

@@ -1,0 +1,123 @@
+"""Temporal Dynamic Quantization: a small network that predicts the step size from t alone."""
+
+import itertools
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tdq_utils.errors import TDQError
+from tdq_utils.method.step_sizes import StepSize, TableStep
+
+
+class FourierFeatures(nn.Module):
+    """Geometric Fourier features of the time step, ``[cos(t w_i), sin(t w_i)]``, ``w_i = 10000^(-i / half)``.
+
+    An MLP on raw t barely varies with t (low-frequency bias); these features give it every scale.
+
+    Args:
+        width: number of features, even.
+    """
+
+    def __init__(self, width=128):
+        super().__init__()
+        if width < 2 or width % 2:
+            raise TDQError(f"width must be even and at least 2; got {width}.")
+        half = width // 2
+        self.register_buffer("w", torch.exp(-math.log(10_000) * torch.arange(half) / half), persistent=False)
+
+    def forward(self, t):
+        """Time steps ``"batch"`` -> ``"batch width"``."""
+        angles = t.float()[:, None] * self.w
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class RawTime(nn.Module):
+    """The time step itself, scaled to 0..1: the encoding that Fourier features are compared with."""
+
+    def forward(self, t):
+        """Time steps ``"batch"`` -> ``"batch 1"``."""
+        return t.float()[:, None] / 1000
+
+
+class StepGenerator(StepSize):
+    """The TDQ module: ``s(t) = softplus(MLP(enc(t)))`` (So et al. 2023, section 4).
+
+    He-initialized, with a last bias that makes s(t) start near ``s_0`` for every t.
+
+    Args:
+        s_0: positive step size to start from, usually the static MSE-optimal one.
+        features: :class:`FourierFeatures` (default) or :class:`RawTime`.
+        depth: linear layers, at least 1 (paper: 4). hidden: their width (paper: 64).
+        dropout: before the last layer, in training only (authors' code: 0.2).
+        scaled: with a learned factor, as :meth:`learn_scale` adds it.
+    """
+
+    def __init__(self, s_0=1.0, features=None, depth=4, hidden=64, dropout=0.2, scaled=False):
+        super().__init__()
+        if not s_0 > 0:
+            raise TDQError(f"s_0 must be positive; got {s_0}.")
+        self.features = features or FourierFeatures()
+        if depth < 1:
+            raise TDQError(f"depth must be at least 1 linear layer; got {depth}.")
+        width = self.features(torch.zeros(1)).shape[1]
+        sizes = [width] + [hidden] * (depth - 1)
+        layers = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]
+        self.mlp = nn.Sequential(*layers, nn.Dropout(dropout), nn.Linear(sizes[-1], 1))
+        self._initialize(float(s_0))
+        self.register_parameter("log_scale", None)
+        if scaled:
+            self.learn_scale()
+
+    def learn_scale(self):
+        """Add a learned factor, 1 at first, if there is none: ``s(t) = exp(log_scale) softplus(MLP(enc(t)))``.
+
+        What a constant does at its rate, all of s(t) can then do at the same; the network is left with the shape over t.
+        """
+        if self.log_scale is None:
+            self.log_scale = nn.Parameter(torch.zeros((), device=self.mlp[-1].bias.device))
+
+    def settings(self):
+        """Width of the features (1: raw t), depth, hidden width, dropout, and whether there is a learned factor."""
+        linears = [layer for layer in self.mlp if isinstance(layer, nn.Linear)]
+        width, hidden = linears[0].in_features, linears[-1].in_features
+        scale = {} if self.log_scale is None else dict(scaled=True)
+        return dict(width=width, depth=len(linears), hidden=hidden, dropout=self.mlp[-2].p, **scale)
+
+    @torch.no_grad()
+    def _initialize(self, s_0):
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
+        # The last layer starts small, so that s(t) = s_0 up to a few per cent.
+        self.mlp[-1].weight.mul_(0.01)
+        # The inverse of softplus, written so that neither large nor small s_0 loses digits.
+        self.mlp[-1].bias.fill_(s_0 + math.log(-math.expm1(-s_0)))
+
+    def at(self, t):
+        """s(t) for time steps ``"batch"`` -> ``"batch"``, positive; differentiable in the weights."""
+        s = F.softplus(self.mlp(self.features(t))).squeeze(1).clamp_min(1e-8)
+        return s if self.log_scale is None else s * self.log_scale.exp()
+
+    def forward(self, x, t, grid):
+        """One value, or one for each sample."""
+        return t.spread(self.at(self._tensor(t.values)) if self.training else self._each(t.values))
+
+    @torch.no_grad()
+    def freeze(self, t):
+        """The table of s(t) at whole-number time steps ``t``: what inference looks up instead of running this."""
+        training = self.training
+        self.eval()
+        s = self._each(t)
+        self.train(training)
+        return TableStep(t, s)
+
+    def _each(self, t):
+        # One t at a time: the sums of a batched product depend on the batch, and a frozen table
+        # must hold exactly the values that the generator gives in any batch.
+        return torch.cat([self.at(self._tensor([value])) for value in t])
+
+    def _tensor(self, values):
+        return torch.tensor([int(value) for value in values], device=self.mlp[-1].bias.device)

@@ -1,0 +1,172 @@
+"""The number format, fake quantization with its gradients, and the step size of least error."""
+
+import math
+from dataclasses import dataclass
+from numbers import Integral
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from tdq_utils.errors import TDQError
+
+SILU_MIN = -0.2785  # the minimum of x * sigmoid(x), at x = -1.278
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A uniform integer grid (the number format), without its step size.
+
+    Symmetric: ``x_hat = s * clip(round(x / s), q_min, q_max)`` with q from -2^(b-1) to 2^(b-1) - 1.
+    Shifted (``low < 0``) or unsigned (``low = 0``): all 2^b levels lie above ``low``, the least value
+    of the input, as after SiLU. The shift is rounded to whole steps, so that 0 stays a level: zero
+    padding is then exact and integer kernels can run the same grid.
+
+    Args:
+        bits: 2 to 8.
+        low: least value of the input, <= 0; ``None`` for the symmetric grid.
+
+    Raises:
+        TDQError: bits outside 2..8, or a positive ``low``.
+    """
+
+    bits: int
+    low: float | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.bits, Integral) or not 2 <= self.bits <= 8:
+            raise TDQError(f"bits must be a whole number from 2 to 8; got {self.bits!r}.")
+        if self.low is not None and self.low > 0:
+            raise TDQError(f"low must be None (symmetric) or <= 0; got {self.low}.")
+
+    @property
+    def q_min(self):
+        """Least integer level."""
+        return -(2 ** (self.bits - 1)) if self.low is None else 0
+
+    @property
+    def q_max(self):
+        """Greatest integer level."""
+        return 2 ** (self.bits - 1) - 1 if self.low is None else 2**self.bits - 1
+
+    def zero(self, s):
+        """Level that stands for 0 at step size ``s``: ``round(-low / s)``; same shape as ``s``."""
+        if not self.low:
+            return torch.zeros_like(s)
+        return (-self.low / s.detach()).round().clamp(max=self.q_max)
+
+    def widest_step(self, least, greatest):
+        """Smallest step size that truncates nothing in [least, greatest] (min-max calibration)."""
+        if self.low is None:
+            return torch.maximum(-least / -self.q_min, greatest / self.q_max)
+        return (greatest - self.low) / self.q_max
+
+    @staticmethod
+    def for_range(bits, least, greatest=math.inf):
+        """The grid for an input recorded in [least, greatest]: shifted if nothing lies below SiLU's
+        minimum and the rest reaches at least twice as far up (so outputs of SiLU, GELU and ReLU), else
+        symmetric. A small input of both signs is none of these: a shift larger than it would waste the levels."""
+        if least < SILU_MIN - 1e-3 or (least < 0 and greatest < -2 * SILU_MIN):
+            return Grid(bits)
+        return Grid(bits, low=SILU_MIN if least < 0 else 0.0)
+
+
+def fake_quantize(x, s, grid, grad_factor=1.0):
+    """Round ``x`` to ``grid`` with step size ``s`` and return floats: simulated quantization.
+
+    Gradients follow LSQ (Esser et al. 2020, eq. 3): to ``s``, ``round(x/s) - x/s`` inside the grid and
+    the (zero-corrected) end level outside; to ``x``, 1 inside and 0 outside (straight-through).
+
+    Args:
+        x: tensor of any shape.
+        s: positive step size: one value, or one for each entry of the first axis of ``x``
+            (samples of a batch for activations, output channels for weights).
+        grid: :class:`Grid`.
+        grad_factor: multiplies the gradient of ``s`` (LSQ: ``1 / sqrt(x.numel() * q_max)``).
+
+    Returns:
+        Tensor like ``x``.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or s.requires_grad):
+        return _LSQ.apply(x, s, grid, grad_factor)
+    return _rounded(x, s, grid)
+
+
+class _LSQ(torch.autograd.Function):
+    """Torch's fused learnable operators, with a forward pass of the same bits that is vectorized on CPUs."""
+
+    @staticmethod
+    def forward(ctx, x, s, grid, grad_factor):
+        ctx.save_for_backward(x, s)
+        ctx.grid, ctx.grad_factor = grid, grad_factor
+        return _rounded(x, s, grid)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, s = ctx.saved_tensors
+        zero, end = ctx.grid.zero(s).to(x.dtype), (ctx.grid.q_min, ctx.grid.q_max, ctx.grad_factor)
+        if s.numel() == 1:
+            op = torch.ops.aten._fake_quantize_learnable_per_tensor_affine_backward
+            to_x, to_s, _ = op(grad, x, s.reshape(1), zero.reshape(1), *end)
+        else:
+            op = torch.ops.aten._fake_quantize_learnable_per_channel_affine_backward
+            to_x, to_s, _ = op(grad, x, s, zero, 0, *end)
+        return to_x, to_s.view(s.shape), None, None
+
+
+def _rounded(x, s, grid):
+    zero = grid.zero(s)
+    if s.numel() > 1:
+        s, zero = (v.view(-1, *[1] * (x.dim() - 1)) for v in (s, zero))
+    q = x.mul(1.0 / s).round_()
+    q = q.clamp_(grid.q_min, grid.q_max) if not grid.low else _clamp(q, grid.q_min - zero, grid.q_max - zero)
+    return q.mul_(s)
+
+
+def _clamp(q, lo, hi):
+    # Numbers are faster than one-element tensors.
+    return q.clamp_(lo.item(), hi.item()) if lo.numel() == 1 else torch.minimum(torch.maximum(q, lo, out=q), hi, out=q)
+
+
+def squared_error(values, counts, s, grid):
+    """Summed squared quantization error of weighted values.
+
+    Args:
+        values: ``"... value"``. counts: weight of each value, same shape, or ``None`` for 1.
+        s: step sizes ``"..."``.
+
+    Returns:
+        Tensor ``"..."``; differentiable in ``s``, where it is continuous: the derivative is that at fixed levels.
+    """
+    x, s = values.reshape(-1, values.shape[-1]), s.reshape(-1, 1)
+    levels = fake_quantize(x, s.detach()[:, 0], grid) / s.detach()
+    error = (s * levels - x).square()
+    if counts is not None:
+        error = error * counts.reshape(x.shape)
+    return error.sum(-1).view(values.shape[:-1])
+
+
+@torch.no_grad()
+def mse_step(values, grid, counts=None, candidates=48, rounds=2):
+    """The step size that minimizes the squared quantization error, by a refined grid search.
+
+    Args:
+        values: ``"... value"``; the search is independent for every leading index.
+        grid: :class:`Grid`. counts: weight of each value, or ``None``.
+        candidates: step sizes tried in a round; the second round refines around the best.
+
+    Returns:
+        Step sizes ``"..."``, positive.
+    """
+    present = values if counts is None else torch.where(counts > 0, values, 0)
+    widest = grid.widest_step(present.amin(-1), present.amax(-1)).clamp_min(1e-8)
+    best = widest
+    ratios = torch.logspace(-1.7, 0, candidates, dtype=values.dtype)
+    for _ in range(rounds):
+        trials = torch.stack([best * r for r in ratios])
+        errors = torch.stack([squared_error(values, counts, s, grid) for s in trials])
+        best = trials.gather(0, errors.argmin(0, keepdim=True))[0]
+        spread = (ratios[-1] / ratios[-2]).log10().item()
+        # An odd number: the best so far is tried again, so a round never makes it worse.
+        ratios = torch.logspace(-spread, spread, candidates // 4 * 2 + 1, dtype=values.dtype)
+    return best

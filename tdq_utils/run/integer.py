@@ -1,0 +1,150 @@
+"""Run a calibrated model with integer arithmetic: int8 kernels of oneDNN, reached through torch, on x86 CPUs."""
+
+import platform
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tdq_utils.errors import TDQError
+from tdq_utils.fit.layers import QuantizedConv2d, QuantizedLinear, weight_levels
+from tdq_utils.fit.quantize import checked_state
+from tdq_utils.run.runtime import Runner
+
+INT8_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8"}  # instructions that add products of 8 bits in 32 bits
+
+
+class IntegerRunner(Runner):
+    """A copy of a calibrated model that multiplies and adds integers.
+
+    Activations are uint8 with the zero of their grid, weights int8 with a step size for each output channel, sums int32.
+    One packed weight serves every t, because the interval of the activations enters as a number at each call. The layers
+    that quantization left in full precision stay so, and so do norms, activation functions and the attention product.
+
+    Args, Attributes, Raises: as :class:`tdq_utils.run.runtime.Runner`; and
+
+    Raises:
+        TDQError: weights or activations are not quantized; halves of inputs are quantized apart; a kind of layer without an
+            integer kernel; a processor that is not x86, or weights of 8 bits where no instruction adds products of 8 bits.
+    """
+
+    def __init__(self, model, scheduler=None, steps=None, compiled=True):
+        state = checked_state(model)
+        if state.weights is None or state.activations is None:
+            raise TDQError(
+                f"Integers need weights and activations on a grid; got W{state.weights}A{state.activations}. Quantize both."
+            )
+        _check_processor(state.weights)
+        super().__init__(model, scheduler, steps, compiled)
+
+    @staticmethod
+    def make_layer(name, layer, activation):
+        """An integer layer for a quantized one. TDQError: there is no kernel for it."""
+        kind = {QuantizedConv2d: IntegerConv2d, QuantizedLinear: IntegerLinear}.get(type(layer))
+        if kind is None or layer.split is not None or getattr(layer, "padding_mode", "zeros") != "zeros":
+            what = "halves quantized apart" if layer.split is not None else str(layer)
+            raise TDQError(f"There is no integer kernel for {name} ({what}); keep it in full precision: quantize(..., keep=...).")
+        return kind(layer, activation)
+
+    @staticmethod
+    def load_layer(mine, layer):
+        """Give ``mine`` the weights of another quantized layer."""
+        mine.load(layer)
+
+
+def to_integer(model, scheduler=None, steps=None, compiled=True):
+    """An :class:`IntegerRunner` of ``model``, sampled like any model: ``sample(to_integer(model), scheduler, ...)``."""
+    return IntegerRunner(model, scheduler, steps, compiled)
+
+
+def cpu_flags():
+    """Instruction sets of this processor, as Linux names them; empty where it does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return set(next((line.split(":")[1].split() for line in lines if line.startswith("flags")), ()))
+
+
+def _check_processor(weight_bits):
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        raise TDQError(
+            f"Integer kernels are there for x86-64; this processor is {platform.machine()}. Sample the frozen model: the "
+            "simulation gives the same images."
+        )
+    # Older instructions add two products in 16 bits: 2 * 255 * 64 fits, 2 * 255 * 128 does not.
+    if not INT8_FLAGS & cpu_flags() and weight_bits == 8:
+        raise TDQError(
+            f"8-bit weights need one of {', '.join(sorted(INT8_FLAGS))}, or sums saturate; this processor has none. Quantize "
+            "weights to 7 bits or fewer, or sample the frozen model: the simulation."
+        )
+    if not INT8_FLAGS & cpu_flags():
+        warnings.warn("This processor has no 8-bit dot product: integers are right here, but not faster.", stacklevel=4)
+
+
+class IntegerConv2d(nn.Module):
+    """Quantize the input, multiply and add integers, return floats.
+
+    Args:
+        layer: frozen and quantized. quantizer: has ``levels(x)``, as :class:`tdq_utils.run.runtime.RowQuantizer`.
+
+    Attributes:
+        packed: weights as the kernel wants them, one byte each. weight_step: of each output channel.
+    """
+
+    def __init__(self, layer, quantizer):
+        super().__init__()
+        self.quantizer, self.geometry = quantizer, self.geometry_of(layer)
+        for name in ("weight_step", "weight_zero", "bias"):
+            self.register_buffer(name, None)
+        self.load(layer)
+
+    @staticmethod
+    def geometry_of(layer):
+        """Strides, padding, dilation, groups."""
+        return layer.stride, layer.padding, layer.dilation, layer.groups
+
+    def load(self, layer):
+        """Take the weights of a frozen layer, as levels."""
+        levels = weight_levels(layer)
+        levels = levels if levels.dim() == 4 else levels[:, :, None, None]
+        self.weight_step = layer.weight_step.detach().expand(len(levels)).clone()
+        self.weight_zero = torch.zeros(len(levels), dtype=torch.int32)
+        self.bias = None if layer.bias is None else layer.bias.detach().clone()
+        self.packed = torch.ops.onednn.qconv_prepack(levels, self.weight_step, 1.0, 0, *self.geometry, None)
+
+    def forward(self, x):
+        """Floats: what the simulated layer gives, but for the last bits of its sums."""
+        q, s, zero = self.quantizer.levels(x)
+        if s.numel() == 1:
+            return self.kernel(q, s.reshape(()), zero.reshape(()), self.bias)
+        # The kernel takes one interval. sum w s (q - zero) = s (sum w q - zero sum w), and the last sum knows the border.
+        one, none = torch.ones((), device=x.device), torch.zeros((), dtype=torch.int32, device=x.device)
+        sums = self.kernel(torch.ones_like(q[:1]), one, none, None)
+        out = (self.kernel(q, one, none, None) - zero * sums) * s
+        return out if self.bias is None else out + self.bias.view(-1, 1, 1)
+
+    def kernel(self, q, s, zero, bias):
+        """uint8 in, float32 out."""
+        weight = self.packed, self.weight_step, self.weight_zero
+        return torch.ops.onednn.qconv_pointwise.tensor(
+            q, s, zero, *weight, bias, *self.geometry, 1.0, 0, torch.float32, "none", [], ""
+        )
+
+
+class IntegerLinear(IntegerConv2d):
+    """A matrix product of integers: a convolution over single pixels.
+
+    The kernel for matrices can be compiled with constant weights only (torch 2.13), this one with any.
+    """
+
+    @staticmethod
+    def geometry_of(layer):
+        """Of a convolution over single pixels."""
+        return [1, 1], [0, 0], [1, 1], 1
+
+    def forward(self, x):
+        """Floats ``"batch ... out"`` for floats ``"batch ... in"``."""
+        pixels = x.reshape(len(x), 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # channels last, as it lies in memory
+        return super().forward(pixels).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)

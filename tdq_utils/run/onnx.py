@@ -1,0 +1,249 @@
+"""Write a calibrated model as an ONNX file whose intervals are gathered by t, run it in onnxruntime, see which kernels ran."""
+
+import copy
+import importlib
+import logging
+import platform
+import tempfile
+import warnings
+from collections import Counter
+from contextlib import ExitStack, nullcontext
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from tdq_utils.errors import TDQError
+from tdq_utils.fit.layers import QuantizedConv2d, QuantizedLinear
+from tdq_utils.fit.quantize import checked_state, full_precision, quantized_layers
+from tdq_utils.run.integer import INT8_FLAGS, cpu_flags, weight_levels
+from tdq_utils.run.runtime import RowQuantizer, Runner
+
+INTEGER = {"ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearConv", "QLinearMatMul"}
+FLOAT = {"Conv", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul"}  # as onnxruntime names its kernels
+
+
+def export_onnx(model, scheduler, steps, path, condition=None):
+    """Write a quantized model as an ONNX file with the inputs ``sample`` and ``timestep`` (a whole number, one for the batch).
+
+    Each quantized layer has QuantizeLinear and DequantizeLinear nodes on its input, and a DequantizeLinear on its int8
+    weights. Scale and zero point of the input are gathered from tables over the visited time steps, at the row that holds
+    the value of t; a t that no row holds stops the run with an error.
+
+    onnxruntime takes integers for a product between such nodes; for a convolution it would want the output quantized too,
+    which changes the numbers. So convolutions are written as products, with the uint8 levels that an output pixel sees
+    gathered into a row: a layer gives what the simulated one gives, but for the last bits of its sums.
+
+    Args:
+        model: calibrated, frozen or not; left as it is. scheduler, steps: the time steps that the tables hold.
+        path: of the file; it takes images of the model's size, in batches of any.
+        condition: an example of the model's further arguments, two rows or more each: further inputs of the file.
+
+    Raises:
+        TDQError: not quantized and calibrated, or for other steps; weights or inputs without a grid; intervals that depend
+            on the input; halves of inputs quantized apart; other than linear and plain 2-D layers; onnx is not installed.
+    """
+    state = checked_state(model)
+    if state.weights is None or state.activations is None:
+        raise TDQError(f"An export needs weights and inputs on a grid; got W{state.weights}A{state.activations}. Quantize both.")
+    runner, clock = Runner(model, scheduler, steps, compiled=False), SimpleNamespace(row=None)
+    for name in quantized_layers(model):
+        layer = runner.net.get_submodule(name)
+        runner.net.set_submodule(name, _checked_kind(name, layer)(layer, runner.table, clock))
+    _write(_Timed(runner.net, clock, list(runner.rows)), path, condition or {}, state.weights)
+
+
+def export_float(model, path, condition=None):
+    """Write a model in full precision, a quantized one as it was before, with the same inputs: what to time against."""
+    with full_precision(model) if hasattr(model, "quantization") else nullcontext():
+        _write(_Timed(copy.deepcopy(model)), path, condition or {})
+
+
+def _checked_kind(name, layer):
+    if type(layer.activation) is not RowQuantizer:
+        what = "two, for halves of its input" if layer.split else "one that depends on the input"
+        raise TDQError(f"An export needs one interval for each layer and t; {name} has {what}. Quantize it otherwise.")
+    if type(layer) is QuantizedLinear:
+        return _Product
+    if type(layer) is QuantizedConv2d and layer.groups == 1 and layer.padding_mode == "zeros" and type(layer.padding) is tuple:
+        return _Convolution
+    raise TDQError(f"An export takes linear and plain 2-D layers; {name} is {layer.extra_repr()}. quantize(keep=...) keeps it.")
+
+
+def _write(net, path, condition, weights=32):
+    _needed("onnx", "onnxscript")
+    shape = (net.config.in_channels, *np.broadcast_to(net.config.sample_size, 2).tolist())
+    rows = len(next(iter(condition.values()), (0, 0)))  # one row alone would be taken for a constant
+    batch = {0: torch.export.Dim("batch", max=63)}  # diffusers copies tensors from 64 on: no difference to the file
+    log = logging.getLogger("torch.onnx")
+    with ExitStack() as quiet, torch.no_grad():  # no notes about packages and functions that nothing here uses
+        quiet.enter_context(warnings.catch_warnings(action="ignore"))
+        quiet.callback(log.setLevel, log.level)
+        log.setLevel(logging.ERROR)
+        program = torch.onnx.export(
+            net.eval().cpu(),
+            (torch.zeros(rows, *shape), torch.tensor(0)),
+            kwargs={"condition": condition},
+            input_names=["sample", "timestep", *condition],
+            dynamic_shapes={"sample": batch, "timestep": {}, "condition": dict.fromkeys(condition, batch)},
+            dynamo=True,  # the older exporter cannot be given nodes
+            verbose=False,
+        )
+    for node in program.model.graph:
+        node.metadata_props.clear()  # where each came from: a third of the file, with paths of this machine
+    program.model.metadata_props.update(timesteps=" ".join(map(str, net.visited)), weights=str(weights))
+    program.save(path)
+
+
+class _Timed(nn.Module):
+    """The model, and before it the search for the row of t that its layers gather from."""
+
+    def __init__(self, net, clock=None, visited=()):
+        super().__init__()
+        self.net, self.config, self.clock, self.visited = net, net.config, clock, visited
+        self.register_buffer("timesteps", torch.tensor(visited, dtype=torch.int64))
+
+    def forward(self, sample, timestep, condition):
+        if self.visited:
+            found = _node("NonZero", self.timesteps == timestep, dtype=torch.int64, shape=(1, 1))
+            # A t that no row holds is found 0 times, and an axis of length 0 cannot be squeezed: an error, not an answer.
+            self.clock.row = _node("Squeeze", found, torch.tensor([0, 1]), dtype=torch.int64, shape=())
+        return self.net(sample, timestep.expand(sample.shape[0]), **condition).sample  # len() would fix the batch
+
+
+def _node(kind, *inputs, dtype, shape, **attributes):
+    return torch.onnx.ops.symbolic(kind, inputs, attributes, dtype=dtype, shape=shape)
+
+
+def _dequantized(q, s, zero=None, **axis):
+    return _node("DequantizeLinear", q, s, zero, dtype=torch.float32, shape=q.shape, **axis)
+
+
+class _Product(nn.Module):
+    """A quantized linear layer as ONNX nodes. ``table``: that of :class:`Runner`. ``clock``: has the row."""
+
+    def __init__(self, layer, table, clock):
+        super().__init__()
+        s, least, greatest = table[:, :, layer.activation.column].unbind(dim=1)
+        self.clock, self.top = clock, int(greatest[0] - least[0])
+        weight = weight_levels(layer)  # "out in ..."
+        self.register_buffer("scale", s.clone())
+        self.register_buffer("zero", (-least).to(torch.uint8))
+        self.register_buffer("weight", weight.movedim(1, -1).flatten(1).T.contiguous())
+        self.register_buffer("weight_scale", layer.weight_step.detach().expand(len(weight)).clone())
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
+
+    def forward(self, x):
+        return self.product(*self.quantized(x))
+
+    def quantized(self, x):
+        """Levels of the input, uint8; their scale and zero point at this t."""
+        s = _node("Gather", self.scale, self.clock.row, dtype=torch.float32, shape=())
+        zero = _node("Gather", self.zero, self.clock.row, dtype=torch.uint8, shape=())
+        q = _node("QuantizeLinear", x, s, zero, dtype=torch.uint8, shape=x.shape)
+        if self.top < 255:  # the node itself stops at 0 and 255
+            q = _node("Min", q, torch.tensor(self.top, dtype=torch.uint8), dtype=torch.uint8, shape=x.shape)
+        return q, s, zero
+
+    def product(self, q, s, zero):
+        y = _dequantized(q, s, zero) @ _dequantized(self.weight, self.weight_scale, axis=1)
+        # Where onnxruntime knows all sizes, it would fuse an Add with the product, to floats, before it looks for integers.
+        return y if self.bias is None else y - -self.bias
+
+
+class _Convolution(_Product):
+    """A quantized convolution as a product of gathered pixels."""
+
+    def __init__(self, layer, table, clock):
+        super().__init__(layer, table, clock)
+        self.window, self.how = layer.kernel_size, (layer.stride, layer.padding, layer.dilation)
+
+    def forward(self, x):
+        q, s, zero = self.quantized(x)
+        (places, size), pixels = self.seen(*x.shape[2:]), q.flatten(2).transpose(1, 2)
+        batch, count, channels = pixels.shape
+        if not np.array_equal(places[:, 0], np.arange(1, count + 1)):
+            shape = (batch, count + 1, channels)  # one more pixel, of the level that stands for 0, serves as the border
+            pixels = _node("Pad", pixels, torch.tensor([0, 1, 0, 0, 0, 0]), zero, dtype=torch.uint8, shape=shape)
+            shape = (batch, *places.shape, channels)
+            pixels = _node("Gather", pixels, torch.from_numpy(places), axis=1, dtype=torch.uint8, shape=shape).flatten(2)
+        return self.product(pixels, s, zero).transpose(1, 2).unflatten(2, size)
+
+    def seen(self, height, width):
+        """The input pixels that each output pixel sees, ``"pixel window"``, from 1; 0: the border; and the output's size."""
+        stride, padding, dilation = self.how
+        image = np.pad(np.arange(1, height * width + 1).reshape(height, width), [(pad, pad) for pad in padding])
+        reach = [(size - 1) * step + 1 for size, step in zip(self.window, dilation, strict=True)]
+        windows = np.lib.stride_tricks.sliding_window_view(image, reach)
+        windows = windows[tuple(slice(None, None, step) for step in (*stride, *dilation))]
+        return windows.reshape(-1, np.prod(self.window)).astype(np.int32), windows.shape[:2]
+
+
+class OnnxModel(nn.Module):
+    """A written file run by onnxruntime on the CPU, sampled like any model: ``sample(OnnxModel(path), scheduler, ...)``.
+
+    Args:
+        path: of the file. threads: default, those of torch.
+
+    Raises:
+        TDQError: onnxruntime is not installed; 8-bit weights where an x86 processor adds their products in 16 bits; at a
+            call, several t in a batch, or a t that the file has no interval for.
+    """
+
+    def __init__(self, path, threads=None):
+        super().__init__()
+        self.session = _session(path, threads or torch.get_num_threads())
+        (_, channels, *size), about = self.session.get_inputs()[0].shape, self.session.get_modelmeta().custom_metadata_map
+        self.config = SimpleNamespace(in_channels=channels, sample_size=size)
+        self.visited = [int(t) for t in about["timesteps"].split()]
+        self.device = nn.Parameter(torch.empty(0), requires_grad=False)  # samplers ask a parameter for it
+        if about["weights"] == "8" and platform.machine().lower() in ("x86_64", "amd64") and not INT8_FLAGS & cpu_flags():
+            raise TDQError("8-bit weights need 8-bit dot products; this processor names none. Quantize weights to 7 bits.")
+
+    def forward(self, sample, timestep, **condition):
+        """An object whose ``sample`` is the output, float32."""
+        t = torch.as_tensor(timestep).unique().long()
+        if len(t) != 1 or (self.visited and int(t) not in self.visited):
+            raise TDQError(f"The file takes one t a call, one it was written for; got {t.tolist()[:3]}. Export with these steps.")
+        given = {"sample": sample, "timestep": t[0], **condition}
+        (out,) = self.session.run(None, {name: np.ascontiguousarray(value.numpy()) for name, value in given.items()})
+        return SimpleNamespace(sample=torch.from_numpy(out))
+
+
+def kernels(path):
+    """The kernels that onnxruntime multiplies with on this machine: those in the file's graph after all fusions.
+
+    Returns:
+        DataFrame: ``kernel``, ``arithmetic`` (``"int8"`` or ``"float32"``), ``layers`` (``"quantized"`` or ``"full precision"``:
+        also products of activations), ``count``. A float32 kernel of a quantized layer is one that is fed by DequantizeLinear.
+
+    Raises:
+        TDQError: onnx or onnxruntime is not installed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        _session(path, 1, fused=f"{folder}/fused.onnx")
+        nodes = _needed("onnx")[0].load(f"{folder}/fused.onnx").graph.node
+    dequantized = {name for node in nodes if node.op_type == "DequantizeLinear" for name in node.output}
+    found = Counter()
+    for node in nodes:
+        if node.op_type in INTEGER:
+            found[node.op_type, "int8", "quantized"] += 1
+        elif node.op_type in FLOAT:
+            found[node.op_type, "float32", "quantized" if dequantized & set(node.input) else "full precision"] += 1
+    return pd.DataFrame([(*key, n) for key, n in sorted(found.items())], columns=["kernel", "arithmetic", "layers", "count"])
+
+
+def _session(path, threads, fused=""):
+    (onnxruntime,) = _needed("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.optimized_model_filepath, options.log_severity_level = threads, fused, 4
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _needed(*names):
+    try:
+        return [importlib.import_module(name) for name in names]
+    except ImportError as error:
+        raise TDQError(f"ONNX files need the packages {', '.join(names)}; {error}. pip install 'tdq-utils[onnx]'") from error

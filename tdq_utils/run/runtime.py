@@ -1,0 +1,251 @@
+"""A calibrated model ready to run: the intervals of all layers in one table, one row of it looked up by t at each call."""
+
+import copy
+
+import torch
+from torch import nn
+
+from tdq_utils.denoiser.sampling import timesteps
+from tdq_utils.errors import TDQError
+from tdq_utils.fit.layers import SplitQuantizer
+from tdq_utils.fit.quantize import activation_quantizers, checked_state, frozen_step, full_precision, quantized_layers
+from tdq_utils.method.generator import StepGenerator
+from tdq_utils.method.grid import SILU_MIN
+from tdq_utils.method.step_sizes import DynamicStep, StaticStep, TableStep
+
+
+class Compiled(nn.Module):
+    """A model through ``torch.compile``, sampled like the model itself.
+
+    Args:
+        net: the model; it becomes a part of this one and is changed. compiled: or not, to compare.
+    """
+
+    def __init__(self, net, compiled=True):
+        super().__init__()
+        self.net, self.config, self.compiled = net, net.config, compiled
+        if compiled:
+            for layer in net.modules():
+                if type(layer) is nn.GroupNorm:
+                    layer.__class__ = ChannelwiseGroupNorm
+            net.compile()
+
+    def forward(self, sample, timestep, **condition):
+        """The model's output."""
+        timestep = torch.as_tensor(timestep, device=sample.device)  # a number would be compiled into the graph
+        if self.compiled and sample.dim() == 4:  # every new stride is compiled anew, and one channel has strides of two formats
+            sample = sample.clone(memory_format=torch.channels_last)
+        return self.net(sample, timestep, **condition)
+
+
+class ChannelwiseGroupNorm(nn.GroupNorm):
+    """A group norm that reduces each channel before it joins those of a group: the same but for last bits.
+
+    Groups of three channels, as after a concatenation, defeat the vectorization of torch's compiler: two such norms took a
+    quarter of the shipped model's time in integers.
+    """
+
+    def forward(self, x):
+        """Normalized, scaled and shifted, shaped as ``x``."""
+        var, mean = torch.var_mean(x, dim=tuple(range(2, x.dim())), correction=0)
+        means = mean.view(len(x), self.num_groups, -1)
+        between, mean = torch.var_mean(means, dim=2, correction=0, keepdim=True)
+        var = var.view_as(means).mean(2, keepdim=True) + between
+        scale = (self.weight.view(self.num_groups, -1) * (var + self.eps).rsqrt()).flatten(1)
+        shift = self.bias - (mean * scale.view_as(means)).flatten(1)
+        wide = (*x.shape[:2], *[1] * (x.dim() - 2))
+        return x * scale.view(wide) + shift.view(wide)
+
+
+class Runner(Compiled):
+    """A copy of a calibrated model, frozen, whose layers read their intervals from one row of one tensor.
+
+    The row is copied into place once a call, by the value of t: the whole cost of an interval that depends on time.
+    No layer knows t or its bits, so that one compiled graph serves every step, and every setting of equal structure.
+
+    Args:
+        model: calibrated, frozen or not; left as it is.
+        scheduler, steps: what the runner can be sampled with; default: what the model was frozen for.
+        compiled: run through ``torch.compile`` (most of a minute at the first call, less time at every other).
+
+    Attributes:
+        table: ``"t value quantizer"`` (:func:`interval_table`). now: its row in use, ``"value quantizer"``.
+        net: the copy of the model.
+
+    Raises:
+        TDQError: a model that is not quantized and calibrated, or calibrated per step at other steps.
+    """
+
+    def __init__(self, model, scheduler=None, steps=None, compiled=True):
+        visited = _frozen_for(model) if scheduler is None else timesteps(scheduler, steps)
+        table = interval_table(model, visited)
+        now = table[0].clone()
+        super().__init__(_copy(model, now, self.make_layer), compiled)
+        self.rows, self._moves = {t: row for row, t in enumerate(visited)}, None  # whether it moves is not known yet
+        self.register_buffer("table", table)
+        self.register_buffer("now", now)
+
+    @staticmethod
+    def make_layer(name, layer, activation):
+        """The layer to run in place of a quantized one: here its twin, with ``activation`` in the place of its quantizer."""
+        return _copy_twin(layer, activation)
+
+    @torch.no_grad()
+    def load(self, model):
+        """Take over the weights and intervals of another calibrated model of equal structure, without compiling again."""
+        self.table.copy_(interval_table(model, list(self.rows)))
+        self.now.copy_(self.table[0])
+        self._moves, layers = None, quantized_layers(model)
+        for name, layer in layers.items():
+            self.load_layer(self.net.get_submodule(name), layer)
+        mine, inside = self.net.state_dict(), tuple(f"{name}." for name in layers)
+        for name, value in model.state_dict().items():  # norms and all that stays in full precision: training moves them, too
+            if not name.startswith(inside):
+                mine[name].copy_(value)
+
+    @staticmethod
+    def load_layer(mine, layer):
+        """Give ``mine``, which :meth:`make_layer` made, the weights of another quantized layer."""
+        mine.rounded.copy_(layer.quantized_weight())
+        if layer.bias is not None:
+            mine.bias.copy_(layer.bias)
+
+    def forward(self, sample, timestep, **condition):
+        """The model's output. TDQError: several t in a batch, or a t that is not in the table."""
+        if self.moves:
+            self.now.copy_(self.row(torch.as_tensor(timestep)))
+        return super().forward(sample, timestep, **condition)
+
+    @property
+    def moves(self):
+        """Whether any interval depends on t; if none does, nothing is looked up."""
+        if self._moves is None:
+            self._moves = not torch.equal(self.table, self.table[:1].expand_as(self.table))
+        return self._moves
+
+    def row(self, timestep):
+        """The row of the table, ``"value quantizer"``, of a call's time steps."""
+        t = timestep.flatten()
+        if bool((t == t[0]).all()) and int(t[0]) in self.rows:
+            return self.table[self.rows[int(t[0])]]
+        raise TDQError(
+            f"A runner takes one t a call, one of the {len(self.rows)} it was built for; got t = {t.unique().tolist()[:3]}. "
+            "Build it with the number of steps to sample, or call the frozen model itself."
+        )
+
+
+def _frozen_for(model):
+    """The time steps that a frozen model's tables hold; of one without tables any will do, and 0 stands for them."""
+    steps = [quantizer.step for quantizer in activation_quantizers(model).values()]
+    if any(isinstance(step, StepGenerator) for step in steps):
+        raise TDQError("A runner must know its time steps; this model is not frozen. Pass scheduler and steps, or freeze it.")
+    return next((step.t.tolist() for step in steps if isinstance(step, TableStep)), [0])
+
+
+def interval_table(model, visited):
+    """What every activation quantizer of a calibrated model needs at the time steps ``visited``.
+
+    Returns:
+        Tensor ``"t value quantizer"`` float32 with three values: step size, least and greatest level, counted from the value 0
+        (``x_hat = s * clip(round(x / s), least, greatest)``). Of input-dependent intervals nothing is known before but their
+        number of levels below and above the middle.
+
+    Raises:
+        TDQError: the model is not calibrated, or calibrated per step at other steps.
+    """
+    columns = [_column(quantizer, visited) for quantizer in activation_quantizers(model).values()]
+    return torch.stack(columns, dim=2) if columns else torch.zeros(len(visited), 3, 0)
+
+
+def _column(quantizer, visited):
+    step, half = frozen_step(quantizer.step, visited), 2.0 ** (quantizer.bits - 1)
+    if isinstance(step, DynamicStep):
+        return torch.tensor([1.0, -half, half - 1]).expand(len(visited), 3)
+    s = step.s.expand(len(visited)) if isinstance(step, StaticStep) else step.s[torch.searchsorted(step.t, torch.tensor(visited))]
+    zero = quantizer.grid.zero(s)
+    return torch.stack([s, quantizer.grid.q_min - zero, quantizer.grid.q_max - zero], dim=1)
+
+
+class RowQuantizer(nn.Module):
+    """Fake-quantizes with the interval in its column of the row in use.
+
+    Args:
+        now: ``"value quantizer"``, the row in use. column: of this quantizer.
+    """
+
+    def __init__(self, now, column):
+        super().__init__()
+        self.now, self.column = now, column
+
+    def interval(self, x):
+        """Step size, least and greatest level, counted from the value 0; they broadcast to ``x``."""
+        return self.now[:, self.column].unbind()
+
+    def forward(self, x, t=None):
+        """Levels times step size, shaped as ``x``."""
+        s, least, greatest = self.interval(x)
+        return torch.clamp(torch.round(x * (1.0 / s)), least, greatest) * s
+
+    def levels(self, x):
+        """``(q, s, zero)``: levels from 0, uint8, shaped as ``x``; step size; level of the value 0, int32."""
+        s, least, greatest = self.interval(x)
+        q = torch.clamp(torch.round(x * (1.0 / s)), least, greatest) - least
+        return q.to(torch.uint8), s, (-least).to(torch.int32)
+
+
+class RangeQuantizer(RowQuantizer):
+    """Fake-quantizes with the min-max interval of the input at hand, on the grid that its range asks for.
+
+    The same as :class:`tdq_utils.method.step_sizes.DynamicStep` with ``Grid.for_range``, without leaving the graph.
+
+    Args:
+        per: ``"tensor"`` or ``"sample"``.
+    """
+
+    def __init__(self, now, column, per):
+        super().__init__(now, column)
+        self.per = per
+
+    def interval(self, x):
+        """Step size, least and greatest level of each sample, or of all."""
+        _, below, above = self.now[:, self.column].unbind()
+        least, greatest = x.reshape(1 if self.per == "tensor" else len(x), -1).aminmax(dim=1)
+        symmetric = (least < SILU_MIN - 1e-3) | ((least < 0) & (greatest < -2 * SILU_MIN))
+        low = torch.where(least < 0, SILU_MIN, 0.0)
+        levels = above - below
+        s = torch.where(symmetric, torch.maximum(least / below, greatest / above), (greatest - low) / levels).clamp_min(1e-8)
+        zero = torch.where(symmetric, -below, torch.minimum((-low / s).round(), levels))
+        return (v.view(-1, *[1] * (x.dim() - 1)) for v in (s, -zero, levels - zero))
+
+
+def _copy(model, now, make_layer):
+    """A copy of the model, without clock, with layers made by ``make_layer`` whose quantizers read ``now``."""
+    readers = {}
+    for column, quantizer in enumerate(activation_quantizers(model).values()):
+        per = getattr(quantizer.step, "per", None)
+        readers[quantizer] = RangeQuantizer(now, column, per) if per else RowQuantizer(now, column)
+    layers = {}
+    for name, layer in quantized_layers(model).items():
+        activation = readers.get(layer.activation)
+        if isinstance(layer.activation, SplitQuantizer):
+            activation = SplitQuantizer(layer.activation.at, [readers[half] for half in layer.activation.halves])
+        layers[name] = make_layer(name, layer, activation)
+    with full_precision(model):
+        spare = {layer: nn.Identity() for layer in checked_state(model).originals.values()}  # their weights are not copied
+        net = copy.deepcopy(model, {id(layer): empty for layer, empty in spare.items()})
+    del net.quantization
+    for name, layer in layers.items():
+        net.set_submodule(name, layer)
+    return net
+
+
+def _copy_twin(layer, activation):
+    """A twin that shares nothing that changes: its rounded weights and its bias are its own."""
+    twin = copy.copy(layer)
+    for key, value in layer.__dict__.items():
+        if isinstance(value, dict):
+            twin.__dict__[key] = copy.copy(value)
+    twin.clock, twin.rounded, twin.activation = None, layer.quantized_weight().detach().clone(), activation
+    if layer.bias is not None:
+        twin.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
+    return twin

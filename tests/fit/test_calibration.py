@@ -1,0 +1,198 @@
+"""What each calibrator promises: nothing truncated, least error, least error at every t, a curve that follows the drift."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from tdq_utils import calibrate, freeze, quantize
+from tdq_utils.errors import TDQError
+from tdq_utils.fit.quantize import CALIBRATED, quantized_layers
+from tdq_utils.method.generator import StepGenerator
+from tdq_utils.method.grid import SILU_MIN, fake_quantize, squared_error
+from tdq_utils.method.step_sizes import LearnedStep, StaticStep, TableStep, TimeSteps
+
+
+def steps_of(layer, t):
+    """The step size of a layer's input at each t."""
+    return torch.stack([layer.activation.step(None, TimeSteps(int(value), 1), layer.activation.grid) for value in t]).detach()
+
+
+def errors(model, profile):
+    """Squared quantization error of each layer's input at every t, ``"layer step"``, on the profiled activations."""
+    return torch.stack([
+        squared_error(*profile.values(name), steps_of(layer, profile.t), layer.activation.grid)
+        for name, layer in quantized_layers(model).items()
+    ])  # fmt: skip
+
+
+def one_layer(profile, method, bits=4, **options):
+    """A model with one layer, calibrated on a synthetic profile: its relative error, and the model."""
+    model = nn.Sequential(nn.Linear(2, 2))
+    quantize(model, None, bits, method, keep=[])
+    calibrate(model, None, profile=profile, progress=False, **options)
+    return errors(model, profile).sum().item(), model
+
+
+def test_minmax_truncates_nothing(calibrated, profile):
+    for name, layer in quantized_layers(calibrated("minmax")).items():
+        row, s = profile.row(name), layer.activation.step.s
+        ends = torch.tensor([profile.least[row].min(), profile.greatest[row].max()]).float()
+        assert ((fake_quantize(ends, s, layer.activation.grid) - ends).abs() <= 0.501 * s).all()
+
+
+@pytest.mark.parametrize("bits", [3, 5, 8])
+def test_errors_are_in_the_order_of_freedom(unet, profile, bits):
+    """At every layer: the table at each of its steps, the best static value over all, the widest."""
+    quantize(unet, None, bits, "minmax")
+    found = {}
+    for method in ("minmax", "mse", "table"):
+        calibrate(unet, None, method=method, profile=profile)
+        found[method] = errors(unet, profile)
+    assert (found["table"] <= 1.03 * found["mse"]).all()  # the search is to a few per cent at 8 bits
+    assert (found["table"].sum(1) <= 1.01 * found["mse"].sum(1)).all()
+    assert (found["mse"].sum(1) <= 1.01 * found["minmax"].sum(1)).all()
+    assert found["table"].sum() < 0.99 * found["mse"].sum() < 0.95 * found["minmax"].sum()
+
+
+def test_tdq_follows_a_drifting_range(drifting):
+    """Range four times as wide at t = 0: the generator gets nearly what a free value at each step would."""
+    profile = drifting(**{"0": torch.linspace(1, 4, 8).tolist()})
+    static, learned, table = (one_layer(profile, method)[0] for method in ("mse", "learned", "table"))
+    tdq, model = one_layer(profile, "tdq", iterations=150)
+    assert static <= learned < 1.02 * static  # the search finds the least; LSQ's gradient settles nearby
+    assert table < static / 1.1
+    assert 0.99 * table <= tdq < table + 0.1 * (static - table)
+    s = steps_of(model[0], profile.t)
+    assert 3 < s[-1] / s[0] < 5 and (s.diff() > 0).all()
+
+
+def test_tdq_transfers_to_other_steps(drifting):
+    """Fitted at every other t, s(t) beats the static value also at the t between; a table has nothing to say there."""
+    profile = drifting(**{"0": torch.linspace(1, 4, 15).tolist()})
+    tables = {key: getattr(profile, key)[:, ::2] for key in ("least", "greatest", "mean", "std", "counts", "limit")}
+    half = replace(profile, t=profile.t[::2], **tables)
+    static, tdq = (errors(one_layer(half, method)[1], profile)[:, 1::2].sum() for method in ("mse", "tdq"))
+    assert tdq < 0.97 * static  # the fast features are free between the t that were seen: some of the gain is lost
+    with pytest.raises(TDQError, match="t must be one of them"):
+        errors(one_layer(half, "table")[1], profile)
+
+
+def test_tdq_without_drift_is_static(drifting):
+    profile = drifting(**{"0": [1.0] * 8})
+    static, tdq = one_layer(profile, "mse")[0], one_layer(profile, "tdq", iterations=100)[0]
+    assert tdq < 1.02 * static
+
+
+def test_layers_of_any_scale_learn_alike(drifting):
+    """The loss is relative: activations 1000 times as small are fitted as well."""
+    ratios = []
+    for scale in (1, 1e-3):
+        profile = drifting(**{"0": (scale * torch.linspace(1, 4, 4)).tolist()})
+        ratios.append(one_layer(profile, "tdq", iterations=60)[0] / one_layer(profile, "mse")[0])
+    assert ratios[0] == pytest.approx(ratios[1], abs=0.1) and max(ratios) < 1
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"), [("mse", StaticStep), ("learned", LearnedStep), ("table", TableStep), ("tdq", StepGenerator)]
+)
+def test_grids_come_from_the_recorded_range(calibrated, method, kind):
+    """Convolutions behind SiLU get the shifted grid; those that see the residual stream the symmetric one."""
+    layers = quantized_layers(calibrated(method))
+    assert {type(layer.activation.step) for layer in layers.values()} == {kind}
+    assert not any(module.training for layer in layers.values() for module in layer.modules())
+    behind_silu = {name for name, layer in layers.items() if layer.activation.grid.low == SILU_MIN}
+    assert behind_silu == {name for name in layers if name.endswith((".conv1", ".conv2"))}
+
+
+@pytest.mark.parametrize("method", CALIBRATED)
+def test_without_shifts_every_grid_is_symmetric(unet, profile, method):
+    quantize(unet, None, 4, method)
+    options = {"iterations": 3} if method in ("learned", "tdq") else {}
+    found = {}
+    for shifted in (True, False):
+        calibrate(unet, None, profile=profile, shifted=shifted, progress=False, **options)
+        behind_silu = torch.tensor([name.endswith((".conv1", ".conv2")) for name in quantized_layers(unet)])
+        found[shifted] = errors(unet, profile).sum(1)
+    assert all(layer.activation.grid.low is None for layer in quantized_layers(unet).values())
+    assert (found[True] == found[False])[~behind_silu].all()
+    if method == "mse":  # half of the levels lie where these inputs never are
+        assert (found[True] < 0.7 * found[False])[behind_silu].all()
+
+
+@pytest.mark.parametrize("method", CALIBRATED)
+def test_a_profile_stands_for_sampling(calibrated, unet, scheduler, method):
+    """Whatever the model was before: the trajectory is the full-precision model's."""
+    model = calibrated(method)
+    visited = [999, 749, 499, 249]
+    expected = {name: steps_of(layer, visited) for name, layer in quantized_layers(model).items()}
+    calibrate(model, scheduler, method="minmax", seeds=range(2), steps=1, progress=False)
+    options = {"iterations": 3} if method in ("learned", "tdq") else {}
+    calibrate(model, scheduler, seeds=range(8), steps=4, method=method, progress=False, **options)
+    for name, layer in quantized_layers(model).items():  # the size of a batch moves the last bits
+        torch.testing.assert_close(steps_of(layer, visited), expected[name], rtol=0.1, atol=0)
+
+
+def test_generators_depend_on_their_seed_alone(drifting):
+    """And fitting them leaves the global random numbers alone."""
+    profile = drifting(**{"0": [1.0, 2.0]})
+    model = one_layer(profile, "mse")[1]
+    weights, state = [], torch.get_rng_state()
+    for seed in (0, 0, 1):
+        calibrate(model, None, method="tdq", profile=profile, iterations=3, seed=seed, progress=False)
+        weights.append(model[0].activation.step.mlp[-1].weight)
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.manual_seed(7)
+        state = torch.get_rng_state()
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_dynamic_methods_need_no_calibration(unet, scheduler):
+    quantize(unet, method="dynamic")
+    before = unet(torch.ones(1, 1, 8, 8), 5).sample
+    calibrate(unet, scheduler)
+    assert torch.equal(unet(torch.ones(1, 1, 8, 8), 5).sample, before)
+
+
+@pytest.mark.parametrize(
+    ("prepared", "options", "message"),
+    [
+        (None, {}, r"must be quantized; got a full-precision one. Call quantize\(model"),
+        ("tdq", {"method": "magic"}, r"method must be one of minmax, momentum, .*, tdq for this model; got 'magic'"),
+        ("tdq", {"method": "dynamic"}, r"method must be one of minmax, momentum, .*, tdq for this model; got 'dynamic'"),
+        ("dynamic", {"method": "mse"}, "method must be one of dynamic, dynamic-sample for this model; got 'mse'"),
+        ("mse", {"seeds": range(0)}, "seeds must name at least one image"),
+        ("dynamic", {"shifted": False}, "shifted=False belongs to methods that measure ranges; 'dynamic' chooses a grid"),
+        ("mse", {"steps": 0}, "steps must be from 1 to 1000; got 0"),
+    ],
+)
+def test_bad_input(unet, scheduler, prepared, options, message):
+    if prepared:
+        quantize(unet, method=prepared)
+    with pytest.raises(TDQError, match=message):
+        calibrate(unet, scheduler, progress=False, **options)
+
+
+def test_profile_of_other_layers(unet, drifting):
+    quantize(unet, method="mse", keep="down_blocks.*")
+    with pytest.raises(TDQError, match=r"profile must hold every quantized layer; \d+ are missing, conv_in among them"):
+        calibrate(unet, None, profile=drifting(other=[1.0]))
+
+
+def test_an_error_on_the_way_leaves_the_model_quantized(unet, scheduler):
+    quantize(unet, method="mse")
+    before = list(unet.named_modules())
+    unet.conv_in.bias[0] = float("nan")
+    with pytest.raises(TDQError, match="Activations must be finite"):
+        calibrate(unet, scheduler, seeds=range(1), steps=1, progress=False)
+    assert [name for name, _ in unet.named_modules()] == [name for name, _ in before]
+    assert quantized_layers(unet) and unet._forward_pre_hooks
+
+
+def test_calibrating_a_frozen_model_again(calibrated, scheduler, profile):
+    model = calibrated("tdq")
+    freeze(model, scheduler, steps=4)
+    calibrate(model, scheduler, method="mse", profile=profile)
+    assert model.quantization.method == "mse"
+    assert {type(layer.activation.step) for layer in quantized_layers(model).values()} == {StaticStep}

@@ -1,0 +1,72 @@
+from types import SimpleNamespace
+
+import torch
+
+from tdq_utils import calibrate, quantize, restore, sample
+from tdq_utils.lab.bench import GeneratorRunner, bench, bench_integer, machine, memory, time_ratios, where_time_goes
+from tdq_utils.run.integer import IntegerRunner, to_integer
+
+
+def test_ratios_are_to_the_first_variant():
+    rows = time_ratios({"short": lambda: sum(range(20_000)), "long": lambda: sum(range(2_000_000))}, repeats=3)
+    assert rows.ratio[0] == rows.ratio_min[0] == 1
+    assert rows.ratio[1] > 5
+    assert (rows.ratio_min <= rows.ratio).all()
+    assert (rows.ratio <= rows.ratio_max).all()
+
+
+def test_bench_leaves_the_model_as_it_was(unet, scheduler):
+    rows = bench(unet, scheduler, images=2, steps=2, repeats=1)
+    assert list(rows.variant)[:2] == ["full precision", "profiled"]
+    assert not hasattr(unet, "quantization")
+
+
+def test_the_machine_is_named():
+    assert "torch" in machine()
+
+
+def test_integer_variants_are_compared_with_each_baseline(scheduler):
+    class Nothing(torch.nn.Module):
+        config = SimpleNamespace(in_channels=1, sample_size=2)
+
+        def __init__(self, work):
+            super().__init__()
+            self.work, self.p = work, torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x, t):
+            torch.ones(self.work).sum()
+            return SimpleNamespace(sample=x)
+
+    variants = {"fp32, eager": Nothing(1), "fp32, compiled": Nothing(1), "int8, static": Nothing(1), "int8, slow": Nothing(10**7)}
+    rows = bench_integer(variants, scheduler, images=1, steps=2, repeats=2, progress=False)
+    assert (rows[rows.variant == rows.baseline].ratio == 1).all()
+    assert list(rows.baseline.unique()) == ["fp32, eager", "fp32, compiled", "int8, static"]
+    by = rows.set_index(["variant", "baseline"])
+    assert by.ratio["int8, slow", "int8, static"] > 1
+    assert ("fp32, eager", "int8, static") not in by.index
+
+
+def test_shares_of_time_add_up(unet, scheduler):
+    rows = where_time_goes({"eager": unet}, {"eager": 2.0}, scheduler, images=2, steps=2)
+    assert abs(rows.share.sum() - 1) < 1e-9
+    assert (rows.share >= 0).all()
+    assert rows.seconds.tolist() == (2 * rows.share).tolist()
+    assert rows.share[0] > 0.02  # convolutions were found under the names they have
+
+
+def test_memory_of_8_and_4_bits(unet, scheduler):
+    quantize(unet, 8, 8, "mse")
+    calibrate(unet, scheduler, range(2), 2, progress=False)
+    runner = to_integer(unet, scheduler, 2, compiled=False)
+    restore(unet)
+    rows = memory(unet, scheduler, runner, images=2, steps=2).set_index("what")
+    assert rows.ratio["weights on disk, 4 bits"] < rows.ratio["weights on disk, 8 bits"] < 1
+    assert len(rows) == 5
+
+
+def test_generators_on_the_path_give_the_table_s_images(unet, scheduler):
+    quantize(unet, 8, 8, "tdq")
+    calibrate(unet, scheduler, range(2), 2, iterations=3, progress=False)
+    table, generators = (kind(unet, scheduler, 2, compiled=False) for kind in (IntegerRunner, GeneratorRunner))
+    how = dict(seeds=range(2), steps=2, progress=False)
+    assert torch.equal(sample(table, scheduler, **how), sample(generators, scheduler, **how))

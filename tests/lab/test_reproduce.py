@@ -1,0 +1,188 @@
+"""The tables: rows survive kills, are not measured twice, refuse to be mixed; streams equal what they stream."""
+
+import os
+import runpy
+import subprocess
+import sys
+from dataclasses import asdict, replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from tdq_utils.errors import DataError, TDQError
+from tdq_utils.lab import reproduce as module
+from tdq_utils.lab.reproduce import reproduce
+from tdq_utils.lab.results import Table, read_rows
+from tdq_utils.lab.tables import ptq
+from tdq_utils.lab.tables.ptq import BITS, HEADLINE, Job, ptq_jobs
+
+KEY = ("method", "weights", "activations", "repeat", "weights_method", "steps")
+JOBS = [
+    Job("full precision", steps=2),
+    Job("real images", steps=2),
+    Job("mse", 8, 4, steps=2),
+    Job("dynamic", 8, 4, steps=2),
+    Job("mse", 4, 4, 1, steps=2),
+]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Pixels stand in for the classifier's features, which need 28x28 images."""
+
+    class Pixels:
+        frechet = "fcd"
+
+        def __init__(self, features):
+            self.images, self.errors = [], []
+
+        def update(self, images, clean=None):
+            self.images.append(images)
+            if clean is not None:
+                self.errors.append((images - clean).square().flatten(1).mean(1))
+
+        def compute(self):
+            found = dict(fcd=torch.cat(self.images).mean().item(), kid=0.0, kid_se=0.0, inception_score=1.0)
+            if self.errors:
+                found["mse"] = torch.cat(self.errors).mean().item()
+            return found
+
+    monkeypatch.setattr(module, "Distances", Pixels)
+    monkeypatch.setattr(ptq, "CALIBRATION", 4)
+    monkeypatch.setattr(module, "_check_images", lambda images, features: None)
+
+
+def measure(unet, scheduler, out, jobs=JOBS, images=5, **options):
+    return reproduce(jobs, unet, scheduler, out, images, batch_size=2, progress=False, **options)
+
+
+@pytest.mark.usefixtures("small")
+def test_rows_carry_their_protocol_and_the_model_comes_back(unet, scheduler, tmp_path):
+    before = {key: value.clone() for key, value in unet.state_dict().items()}
+    table = measure(unet, scheduler, tmp_path / "t.csv")
+    assert [tuple(row) for row in table[list(KEY)].to_numpy()] == [tuple(asdict(job).values()) for job in JOBS]
+    assert set(table.images) == {5} and set(table.steps) == {2} and table.model.nunique() == 1
+    assert table.mse[0] == 0 and np.isnan(table.mse[1]) and (table.mse[2:] > 0).all()
+    assert all(torch.equal(value, before[key]) for key, value in unet.state_dict().items())
+    assert read_rows(tmp_path / "t.csv")[2]["mse"] == pytest.approx(table.mse[2], rel=1e-4)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_killed_table_goes_on_and_measures_nothing_twice(unet, scheduler, tmp_path, monkeypatch):
+    whole = measure(unet, scheduler, tmp_path / "whole.csv")
+    measured, original = [], module._Bench.measure
+
+    def killed(self, job):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(job)
+        return original(self, job)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module._Bench, "measure", killed)
+        measure(unet, scheduler, tmp_path / "parts.csv")
+    assert len(read_rows(tmp_path / "parts.csv")) == 2
+    measured.clear()
+    monkeypatch.setattr(module._Bench, "measure", lambda self, job: (measured.append(job), original(self, job))[1])
+    parts = measure(unet, scheduler, tmp_path / "parts.csv")
+    assert measured == JOBS[2:]
+    pd.testing.assert_frame_equal(parts[["fcd", "mse"]], whole[["fcd", "mse"]], rtol=1e-4)
+    assert measure(unet, scheduler, tmp_path / "parts.csv").equals(parts) and measured == JOBS[2:]
+
+
+@pytest.mark.usefixtures("small")
+def test_two_processes_give_the_rows_of_one(unet, scheduler, tmp_path, monkeypatch):
+    whole = measure(unet, scheduler, tmp_path / "one.csv")
+
+    class State:
+        num_processes, is_main_process = 2, False
+
+        def __init__(self, rank):
+            self.process_index, self.is_main_process = rank, rank == 0
+
+        def wait_for_everyone(self):
+            pass
+
+    for rank in (1, 0):
+        monkeypatch.setattr(module, "processes", lambda rank=rank: State(rank))
+        table = measure(unet, scheduler, tmp_path / "two.csv")
+        assert len(table) == (2 if rank else len(JOBS))
+    pd.testing.assert_frame_equal(table[["method", "fcd", "mse"]], whole[["method", "fcd", "mse"]], rtol=1e-4)
+    assert [file.name for file in tmp_path.glob("two*.csv")] == ["two.csv"]
+
+
+SCRIPT = """
+import sys
+from unittest.mock import patch
+from tdq_utils import fid, load_images, load_model, ptq, reproduce as module
+
+def few_features(features):  # the KID's reference, of 500 images instead of 10,000
+    return fid.extract_features(load_images(split="test")[:500]).float()
+
+jobs = [ptq.Job(method, *bits, steps=1) for method, *bits in (("full precision",), ("mse", 8, 8), ("minmax", 8, 8))]
+with patch.object(ptq, "CALIBRATION", 2), patch.object(fid, "reference_features", few_features):
+    module.reproduce(jobs, *load_model(), sys.argv[1], images=65, progress=False)
+"""
+
+
+def test_two_real_processes_give_the_rows_of_one(tmp_path, monkeypatch):
+    """Launched as a user would on a CPU; slow to start, so few and small rows, and this process is the one."""
+    script = tmp_path / "table.py"
+    script.write_text(SCRIPT)
+    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path / "one.csv")])
+    runpy.run_path(str(script))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script), str(tmp_path / "two.csv")]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+    one, two = (pd.read_csv(tmp_path / name)[["method", "fcd", "kid", "mse"]] for name in ("one.csv", "two.csv"))
+    pd.testing.assert_frame_equal(one, two, rtol=1e-3)
+    assert not list(tmp_path.glob("two.*.csv"))
+
+
+@pytest.mark.usefixtures("small")
+def test_other_protocols_are_refused_before_any_work(unet, scheduler, tmp_path):
+    measure(unet, scheduler, tmp_path / "t.csv", JOBS[:1])
+    text = (tmp_path / "t.csv").read_text()
+    with pytest.raises(TDQError, match=r"must share images, steps, model and features; .* holds images = 5, this run has 6"):
+        measure(unet, scheduler, tmp_path / "t.csv", images=6)
+    with pytest.raises(TDQError, match="holds steps = 2, this run has 3"):
+        measure(unet, scheduler, tmp_path / "t.csv", [replace(job, steps=3) for job in JOBS])
+    unet.conv_in.bias.add_(1e-3)
+    with pytest.raises(TDQError, match="holds model = "):
+        measure(unet, scheduler, tmp_path / "t.csv")
+    assert (tmp_path / "t.csv").read_text() == text
+
+
+@pytest.mark.usefixtures("small")
+def test_a_cut_line_is_named_and_nothing_is_lost(unet, scheduler, tmp_path):
+    out = tmp_path / "t.csv"
+    measure(unet, scheduler, out, JOBS[:2])
+    out.write_text(cut := out.read_text()[:-20])
+    with pytest.raises(DataError, match="line 3 was cut: 'real images.*delete that line"):
+        measure(unet, scheduler, out)
+    assert out.read_text() == cut
+    out.write_text("method,fcd\nmse,1\n")
+    with pytest.raises(DataError, match="columns .* are missing"):
+        read_rows(out)
+
+
+def test_too_few_images(unet, scheduler, tmp_path):
+    with pytest.raises(TDQError, match="images must exceed the 64 features of the classifier; got 64"):
+        reproduce(JOBS, unet, scheduler, tmp_path / "t.csv", images=64)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_table_has_every_setting():
+    jobs = ptq_jobs()
+    assert len(set(jobs)) == len(jobs)
+    for weights, activations in BITS:
+        found = {(job.method, job.repeat) for job in jobs if (job.weights, job.activations) == (weights, activations)}
+        repeats = 3 if (weights, activations) in HEADLINE else 2
+        assert {("tdq", r) for r in range(repeats)} | {("dynamic-sample", 0), ("ptq4dm", 1)} <= found
+        assert ("tdq", repeats) not in found
+    assert jobs[0] == Job("full precision") and len(ptq_jobs(quick=True)) < len(jobs) / 5
+
+
+def test_a_table_without_rows_is_no_file(tmp_path):
+    assert Table(tmp_path / "t.csv", KEY).everything() == {} and not list(tmp_path.iterdir())

@@ -10,13 +10,13 @@ from tdq_utils.denoiser.sampling import noise, sample, timesteps
 from tdq_utils.errors import DataError, TDQError
 from tdq_utils.fit.calibration import calibrate
 from tdq_utils.fit.calibration_set import CalibrationSet
+from tdq_utils.fit.choice import kept_layers
 from tdq_utils.fit.finetuning import finetune
 from tdq_utils.fit.quantize import (
     METHODS,
     activation_quantizers,
     freeze,
     full_precision,
-    kept_layers,
     quantize,
     quantized_layers,
     restore,

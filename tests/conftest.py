@@ -82,6 +82,12 @@ def denoiser(request):
     return build(request.param), conditions[request.param]
 
 
+@pytest.fixture
+def x():
+    """Three samples for ``unet``."""
+    return torch.randn(3, 1, 8, 8)
+
+
 @pytest.fixture(scope="session")
 def scheduler():
     """DDIM over 1000 time steps, from t = 999 down."""

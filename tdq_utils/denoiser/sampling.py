@@ -6,6 +6,7 @@ from numbers import Integral
 import torch
 from tqdm.auto import tqdm
 
+from tdq_utils.denoiser.call import device_of
 from tdq_utils.errors import TDQError
 
 
@@ -90,7 +91,7 @@ def sample_batches(model, scheduler, seeds, steps=50, batch_size=16, callback=No
 
 def _trajectory(model, scheduler, x_t, steps, condition, callback, seeds, bar):
     """Take noise ``x_t`` to images; the first ``len(seeds)`` of them count, the rest fill the batch."""
-    device, n = next(model.parameters()).device, len(seeds)
+    device, n = device_of(model), len(seeds)
     condition = {key: value.to(device) for key, value in condition.items()}
     scheduler = type(scheduler).from_config(scheduler.config)  # a scheduler keeps state while it samples
     scheduler.set_timesteps(steps)

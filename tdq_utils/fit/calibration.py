@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from tdq_utils.denoiser.call import device_of
 from tdq_utils.denoiser.recording import as_profile, recording
 from tdq_utils.errors import TDQError
 from tdq_utils.fit import reconstruction
@@ -113,7 +114,7 @@ def _check_options(method, chooser, options):
 def profile_set(model, data, batch_size=16):
     """The :class:`tdq_utils.denoiser.profile.Profile` of a quantized model's layers, in full precision, on a calibration set."""
     splits = {name: layer.split for name, layer in quantized_layers(model).items() if layer.split}
-    device = next(model.parameters()).device
+    device = device_of(model)
     with full_precision(model), torch.no_grad(), recording(model, set(quantized_layers(model)), splits) as cells:
         for x_t, t, condition in data.batches(batch_size, device):
             model(x_t, t, **condition)
@@ -128,7 +129,7 @@ def _choose(model, chooser, profile, shifted, progress, options):
     problems = {name: _Problem(profile, name, state.activations, shifted) for name in quantizers}
     chosen = chooser(problems, progress=progress, **options)
     state.frozen = False
-    device = next(model.parameters()).device
+    device = device_of(model)
     for layer in quantized_layers(model).values():
         layer.rounded = None
     for name, quantizer in quantizers.items():

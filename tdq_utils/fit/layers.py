@@ -1,16 +1,19 @@
-"""Quantized twins of conv and linear layers, and the clock that tells them the time step of the call."""
+"""Quantized conv and linear layers: the very modules of the model, for as long as it is quantized with another class."""
 
-import copy
-import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tdq_utils.denoiser.call import now
 from tdq_utils.errors import TDQError
-from tdq_utils.method.grid import Grid, fake_quantize, mse_step
+from tdq_utils.method.grid import Grid, fake_quantize, mse_step, on_levels
 from tdq_utils.method.rules import lsq
-from tdq_utils.method.step_sizes import DynamicStep, TimeSteps
+from tdq_utils.method.step_sizes import DynamicStep, StepSize, TimeSteps
 
 
 class ActivationQuantizer(nn.Module):
@@ -23,31 +26,62 @@ class ActivationQuantizer(nn.Module):
             (:mod:`tdq_utils.method.rules`) quantizes.
     """
 
-    def __init__(self, bits, grid=None, step=None):
+    def __init__(self, bits: int, grid: Grid | None = None, step: StepSize | None = None):
         super().__init__()
-        self.bits, self.grid, self.step, self.rule = bits, grid, step, fake_quantize
+        self.bits, self.grid, self.step = bits, grid, step
+        self.rule: Callable[..., torch.Tensor] = fake_quantize
 
-    def forward(self, x, t):
-        """Fake-quantize ``x`` at :class:`tdq_utils.method.step_sizes.TimeSteps` ``t``. TDQError: not calibrated."""
+    def forward(self, x: torch.Tensor, t: TimeSteps | None) -> torch.Tensor:
+        """Fake-quantize ``x`` at :class:`TimeSteps` ``t``. TDQError: not calibrated, or t is needed and not known."""
         if self.step is None:
             raise TDQError("A quantized model must be calibrated before it runs; call calibrate(model, scheduler, ...).")
-        if self.grid is None and getattr(self.step, "per", None) == "sample":
-            ranges = zip(*(ends.tolist() for ends in x.reshape(len(x), -1).aminmax(dim=1)), strict=True)
-            if len({Grid.for_range(self.bits, *ends) for ends in ranges}) > 1:
-                # A sample's grid must not depend on its neighbours.
-                return torch.cat([self(sample, t) for sample in x.split(1)])
-        grid = self.grid or Grid.for_range(self.bits, *(end.item() for end in x.aminmax()))
+        if isinstance(self.step, DynamicStep):
+            half = 2 ** (self.bits - 1)
+            return on_levels(x, *self.step.interval(x, -half, half - 1)).to(x.dtype)
+        if t is None and self.step.over_time:
+            raise TDQError(
+                "A layer whose interval follows t must know the call that it is in; got none. Call the model itself, not its "
+                "forward or a part of it, and turn gradient checkpointing off (model.disable_gradient_checkpointing())."
+            )
         rule = self.rule if self.training else fake_quantize
-        return rule(x, self.step(x, t, grid), grid)
+        return rule(x, self.step(x, t, self.grid), self.grid)
 
-    def extra_repr(self):
+    def _apply(self, fn, recurse=True):
+        # Step sizes follow the model's device, not its dtype.
+        return super()._apply(lambda v: fn(v).to(v.dtype) if v.is_meta else v.to(fn(v).device), recurse)
+
+    def extra_repr(self) -> str:
         """Bits and the kind of grid, for print(model)."""
         kind = "by input" if self.grid is None else "symmetric" if self.grid.low is None else "unsigned"
         return f"bits={self.bits}, grid={kind}"
 
 
+class SplitQuantizer(nn.Module):
+    """Two activation quantizers for the halves of a concatenated input, which often differ in range (Q-Diffusion).
+
+    Args:
+        at: channels of the first half. halves: two :class:`ActivationQuantizer`.
+    """
+
+    def __init__(self, at: int, halves: list[nn.Module]):
+        super().__init__()
+        self.at, self.halves = at, nn.ModuleList(halves)
+
+    def forward(self, x: torch.Tensor, t: TimeSteps | None) -> torch.Tensor:
+        """Fake-quantize each half with its own quantizer at :class:`TimeSteps` ``t``."""
+        return torch.cat([q(half, t) for q, half in zip(self.halves, _halves(x, self.at), strict=True)], dim=1)
+
+    def parts(self, layer: str) -> dict[str, slice]:
+        """Names and channels of the two halves of the input of ``layer``."""
+        return {f"{layer}[:{self.at}]": slice(0, self.at), f"{layer}[{self.at}:]": slice(self.at, None)}
+
+
+def _halves(x, at):
+    return x[:, :at], x[:, at:]
+
+
 class QuantizedLayer(nn.Module):
-    """What a quantized conv or linear layer has beside its original parameters.
+    """What a quantized conv or linear layer has beside its own parameters, which stay as they are.
 
     Attributes:
         activation: :class:`ActivationQuantizer`, or ``None`` for full-precision inputs.
@@ -57,10 +91,18 @@ class QuantizedLayer(nn.Module):
         split: channels of the input that belong to its first half, or ``None``.
         levels: integer levels of the weights where rounding was learned (AdaRound), int8; else ``None``: the nearest.
         rounded: the rounded weights of a frozen layer, else ``None``.
-        clock: the model's :class:`Clock`.
     """
 
-    def quantized_weight(self):
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    activation: nn.Module | None
+    weight_grid: Grid | None
+    weight_step: torch.Tensor
+    split: int | None
+    levels: torch.Tensor | None
+    rounded: torch.Tensor | None
+
+    def quantized_weight(self) -> torch.Tensor:
         """The weights on their grid, as floats."""
         if self.rounded is not None or self.weight_grid is None:
             return self.weight if self.rounded is None else self.rounded
@@ -72,7 +114,7 @@ class QuantizedLayer(nn.Module):
         halves = zip(_halves(self.weight, self.split), self.weight_step, strict=True)
         return torch.cat([rule(half, s, self.weight_grid) for half, s in halves], dim=1)
 
-    def spread_weight_step(self):
+    def spread_weight_step(self) -> torch.Tensor:
         """The step size of every weight, in a shape that broadcasts to the weights."""
         rows = self.weight_step.reshape(2 if self.split else 1, -1, *[1] * (self.weight.dim() - 1))
         if self.split is None:
@@ -80,13 +122,28 @@ class QuantizedLayer(nn.Module):
         widths = self.split, self.weight.shape[1] - self.split
         return torch.cat([s.expand(-1, width, *s.shape[2:]) for s, width in zip(rows, widths, strict=True)], dim=1)
 
-    def forward(self, x):
+    def weight_levels(self) -> torch.Tensor:
+        """The integer levels of the weights: int8, shaped as the weights."""
+        if self.levels is not None:
+            return self.levels
+        return (self.quantized_weight().detach() / self.spread_weight_step()).round().to(torch.int8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer on quantized input and weights."""
         if self.activation is not None:
-            x = self.activation(x, self.clock and self.clock.now)
+            x = self.activation(x, now())
+        weight = self.quantized_weight().to(x)  # a view of itself where device and dtype agree
         if isinstance(self, nn.Linear):
-            return F.linear(x, self.quantized_weight(), self.bias)
-        return self._conv_forward(x, self.quantized_weight(), self.bias)
+            return F.linear(x, weight, self.bias)
+        return self._conv_forward(x, weight, self.bias)
+
+    def _apply(self, fn, recurse=True):
+        own = {name: buffer for name in BUFFERS if (buffer := self._buffers.get(name)) is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in own.items():  # they follow the device, not the dtype
+            moved = self._buffers[name]
+            self._buffers[name] = moved.to(buffer.dtype) if buffer.is_meta else buffer.to(moved.device)
+        return self
 
 
 class QuantizedLinear(QuantizedLayer, nn.Linear):
@@ -105,85 +162,77 @@ class QuantizedConv3d(QuantizedLayer, nn.Conv3d):
     """A quantized ``nn.Conv3d``."""
 
 
-TWINS = {
+QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: QuantizedLinear,
     nn.Conv1d: QuantizedConv1d,
     nn.Conv2d: QuantizedConv2d,
     nn.Conv3d: QuantizedConv3d,
 }
+PLAIN = {quantized: plain for plain, quantized in QUANTIZED.items()}
+BUFFERS = ("weight_step", "levels", "rounded")
 
 
-def weight_levels(layer):
-    """The integer levels of a quantized layer's weights: int8, shaped as the weights."""
-    if layer.levels is not None:
-        return layer.levels
-    return (layer.quantized_weight().detach() / layer.spread_weight_step()).round().to(torch.int8)
+def additions(
+    grid: Grid | None,
+    weight_step: torch.Tensor | None,
+    activation: nn.Module | None,
+    split: int | None = None,
+) -> dict[str, Any]:
+    """What :func:`attach` gives a layer that has not been quantized before."""
+    return dict(weight_grid=grid, split=split, activation=activation, weight_step=weight_step, levels=None, rounded=None)
 
 
-class SplitQuantizer(nn.Module):
-    """Two activation quantizers for the halves of a concatenated input, which often differ in range (Q-Diffusion).
-
-    Args:
-        at: channels of the first half. halves: two :class:`ActivationQuantizer`.
-    """
-
-    def __init__(self, at, halves):
-        super().__init__()
-        self.at, self.halves = at, nn.ModuleList(halves)
-
-    def forward(self, x, t):
-        """Fake-quantize each half with its own quantizer at :class:`TimeSteps` ``t``."""
-        return torch.cat([q(half, t) for q, half in zip(self.halves, _halves(x, self.at), strict=True)], dim=1)
+def attach(layer: nn.Module, added: dict[str, Any]) -> None:
+    """Make a plain layer a quantized one, in place: its class changes, its parameters, hooks and identity stay."""
+    plain = type(layer)
+    layer.__class__ = QUANTIZED[plain]
+    _redirect(layer, plain, QUANTIZED[plain])
+    for name, value in added.items():
+        if name in BUFFERS and not isinstance(value, nn.Parameter):
+            layer.register_buffer(name, value)
+        else:
+            setattr(layer, name, value)
 
 
-def _halves(x, at):
-    return x[:, :at], x[:, at:]
+def detach(layer: nn.Module) -> dict[str, Any]:
+    """The inverse of :func:`attach`; returns what it was given, as it is by now."""
+    added = {name: getattr(layer, name) for name in ("weight_grid", "split", "activation", *BUFFERS)}
+    for name in added:
+        delattr(layer, name)
+    quantized, plain = type(layer), PLAIN[type(layer)]
+    layer.__class__ = plain
+    _redirect(layer, quantized, plain)
+    return added
 
 
-class Clock:
-    """Holds the time steps of the call that one model is in; its hooks see the arguments of that call."""
-
-    def __init__(self):
-        self.now = None
-
-    def start(self, model, args, kwargs):
-        """Forward pre-hook of the model."""
-        call = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-        if call.get("timestep") is None:
-            raise TDQError("A quantized model must be told the time step; call model(sample, timestep).")
-        self.now = TimeSteps(call["timestep"], batch=len(next(iter(call.values()))))
-
-    def stop(self, model, args, output):
-        """Forward hook of the model, called even when the forward pass raises."""
-        self.now = None
+def _redirect(layer, old, new):
+    """Offloading and casting put a ``forward`` of their own on a layer, which ends in a method of its class: change that, too."""
+    for holder, name in forward_slots(layer, old):
+        setattr(holder, name, MethodType(new.forward, layer))
 
 
-def twin(layer, grid, activations, dynamic, weights_per, split=None):
-    """A quantized layer that shares ``layer``'s parameters.
+def forward_slots(layer: nn.Module, kind: type[nn.Module]) -> list[tuple[Any, str]]:
+    """Where hooks of accelerate and diffusers keep the layer's own ``forward``: ``(object, attribute)``."""
+    references = getattr(getattr(layer, "_diffusers_hook", None), "_fn_refs", [])
+    places = [(layer, "forward"), (layer, "_old_forward"), *((fn, name) for fn in references for name in vars(fn))]
+    is_method = lambda value: getattr(value, "__func__", None) is kind.forward and value.__self__ is layer  # noqa: E731
+    return [(holder, name) for holder, name in places if is_method(vars(holder).get(name))]
 
-    Args:
-        layer: conv or linear. grid: of the weights, or ``None``. activations: bits, or ``None``.
-        dynamic: ``"tensor"`` or ``"sample"`` for input-dependent step sizes, ``None`` for calibrated ones.
-        weights_per: ``"channel"`` or ``"tensor"``. split: channels of the first half of a concatenated input.
-    """
-    copied = copy.copy(layer)
-    for key, value in layer.__dict__.items():
-        if isinstance(value, dict):  # parameters, hooks, ...: the containers must not be shared
-            copied.__dict__[key] = copy.copy(value)
-    copied.__class__ = TWINS[type(layer)]
-    copied.weight_grid = grid
-    weight_step = None
-    if grid is not None:
-        weight = layer.weight.detach().float()
-        parts = [weight] if split is None else _halves(weight, split)
-        steps = [mse_step(part.flatten(1) if weights_per == "channel" else part.reshape(1, -1), grid) for part in parts]
-        weight_step = steps[0] if split is None else torch.stack(steps)
-    copied.register_buffer("weight_step", weight_step)
-    copied.register_buffer("levels", None)
-    copied.register_buffer("rounded", None)
-    copied.split, copied.activation = split, None
-    if activations is not None:
-        make = lambda: ActivationQuantizer(activations, step=DynamicStep(dynamic) if dynamic else None)  # noqa: E731
-        quantizer = make() if split is None else SplitQuantizer(split, [make(), make()])
-        copied.activation = quantizer.to(layer.weight.device)
-    return copied
+
+@contextmanager
+def weights_at_hand(layer: nn.Module) -> Iterator[None]:
+    """While open, the layer's weights are there, even if accelerate has offloaded them."""
+    if not layer.weight.is_meta or not hasattr(layer, "_hf_hook"):
+        yield
+        return
+    from accelerate.utils import align_module_device
+
+    with align_module_device(layer):
+        yield
+
+
+def search_weight_step(weight: torch.Tensor, grid: Grid, per: str, split: int | None = None) -> torch.Tensor:
+    """Least-error step sizes of weights ``"out in ..."``, per output ``"channel"`` or ``"tensor"``; of halves, in two rows."""
+    parts = [weight.detach().float()] if split is None else _halves(weight.detach().float(), split)
+    steps = [mse_step(part.flatten(1) if per == "channel" else part.reshape(1, -1), grid) for part in parts]
+    return steps[0] if split is None else torch.stack(steps)

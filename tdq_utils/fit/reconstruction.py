@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from tdq_utils.denoiser.call import at_times, device_of
 from tdq_utils.fit.quantize import activation_quantizers, checked_state, full_precision, quantized_layers, round_weights
 from tdq_utils.method.generator import StepGenerator
 from tdq_utils.method.step_sizes import LearnedStep, TimeSteps
@@ -57,7 +58,7 @@ def refine(model, data, target="block", iterations=200, rate=1e-3, batch_size=16
 
 def _descend(model, data, loss, parameters, iterations, rate, batch_size, seed, progress, title, before=None):
     """Adam on ``loss(model, batch)`` over ``parameters`` alone; ``before(i)`` runs first in iteration i and may add to it."""
-    losses, device = [], next(model.parameters()).device
+    losses, device = [], device_of(model)
     optimizer = torch.optim.Adam(parameters, lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     generator = torch.Generator().manual_seed(seed)
@@ -102,15 +103,11 @@ def _block_error(model, batch):
     units, seen = blocks(model), {}
     with full_precision(model), torch.no_grad(), _watching(model, units, seen):
         model(x_t, t, **condition)
-    clock = checked_state(model).clock
-    clock.now = TimeSteps(t, len(x_t))  # blocks are called without the model around them
-    try:
+    with at_times(TimeSteps(t, len(x_t))):  # blocks are called without the model around them
         errors = [
             (unit(*args, **kwargs) - expected).square().mean() / expected.var().clamp_min(1e-12)
             for unit, (args, kwargs, expected) in ((units[name], seen[name]) for name in seen)
         ]
-    finally:
-        clock.now = None
     return torch.stack(errors).mean()
 
 

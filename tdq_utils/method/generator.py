@@ -54,6 +54,8 @@ class StepGenerator(StepSize):
         scaled: with a learned factor, as :meth:`learn_scale` adds it.
     """
 
+    over_time = True
+
     def __init__(self, s_0=1.0, features=None, depth=4, hidden=64, dropout=0.2, scaled=False):
         super().__init__()
         if not s_0 > 0:
@@ -120,4 +122,4 @@ class StepGenerator(StepSize):
         return torch.cat([self.at(self._tensor([value])) for value in t])
 
     def _tensor(self, values):
-        return torch.tensor([int(value) for value in values], device=self.mlp[-1].bias.device)
+        return torch.tensor(list(values), device=self.mlp[-1].bias.device)

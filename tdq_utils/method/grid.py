@@ -32,36 +32,36 @@ class Grid:
     bits: int
     low: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.bits, Integral) or not 2 <= self.bits <= 8:
             raise TDQError(f"bits must be a whole number from 2 to 8; got {self.bits!r}.")
         if self.low is not None and self.low > 0:
             raise TDQError(f"low must be None (symmetric) or <= 0; got {self.low}.")
 
     @property
-    def q_min(self):
+    def q_min(self) -> int:
         """Least integer level."""
         return -(2 ** (self.bits - 1)) if self.low is None else 0
 
     @property
-    def q_max(self):
+    def q_max(self) -> int:
         """Greatest integer level."""
         return 2 ** (self.bits - 1) - 1 if self.low is None else 2**self.bits - 1
 
-    def zero(self, s):
+    def zero(self, s: torch.Tensor) -> torch.Tensor:
         """Level that stands for 0 at step size ``s``: ``round(-low / s)``; same shape as ``s``."""
         if not self.low:
             return torch.zeros_like(s)
         return (-self.low / s.detach()).round().clamp(max=self.q_max)
 
-    def widest_step(self, least, greatest):
+    def widest_step(self, least: torch.Tensor, greatest: torch.Tensor) -> torch.Tensor:
         """Smallest step size that truncates nothing in [least, greatest] (min-max calibration)."""
         if self.low is None:
             return torch.maximum(-least / -self.q_min, greatest / self.q_max)
         return (greatest - self.low) / self.q_max
 
     @staticmethod
-    def for_range(bits, least, greatest=math.inf):
+    def for_range(bits: int, least: float, greatest: float = math.inf) -> "Grid":
         """The grid for an input recorded in [least, greatest]: shifted if nothing lies below SiLU's
         minimum and the rest reaches at least twice as far up (so outputs of SiLU, GELU and ReLU), else
         symmetric. A small input of both signs is none of these: a shift larger than it would waste the levels."""
@@ -70,14 +70,14 @@ class Grid:
         return Grid(bits, low=SILU_MIN if least < 0 else 0.0)
 
 
-def fake_quantize(x, s, grid, grad_factor=1.0):
+def fake_quantize(x: torch.Tensor, s: torch.Tensor, grid: Grid, grad_factor: float = 1.0) -> torch.Tensor:
     """Round ``x`` to ``grid`` with step size ``s`` and return floats: simulated quantization.
 
     Gradients follow LSQ (Esser et al. 2020, eq. 3): to ``s``, ``round(x/s) - x/s`` inside the grid and
     the (zero-corrected) end level outside; to ``x``, 1 inside and 0 outside (straight-through).
 
     Args:
-        x: tensor of any shape.
+        x: tensor of any shape; half precision is rounded in float32 and returned as it came.
         s: positive step size: one value, or one for each entry of the first axis of ``x``
             (samples of a batch for activations, output channels for weights).
         grid: :class:`Grid`.
@@ -86,9 +86,10 @@ def fake_quantize(x, s, grid, grad_factor=1.0):
     Returns:
         Tensor like ``x``.
     """
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     if torch.is_grad_enabled() and (x.requires_grad or s.requires_grad):
-        return _LSQ.apply(x, s, grid, grad_factor)
-    return _rounded(x, s, grid)
+        return _LSQ.apply(wide, s, grid, grad_factor).to(x.dtype)
+    return _rounded(wide, s, grid).to(x.dtype)
 
 
 class _LSQ(torch.autograd.Function):
@@ -115,17 +116,18 @@ class _LSQ(torch.autograd.Function):
 
 
 def _rounded(x, s, grid):
-    zero = grid.zero(s)
+    zero = grid.zero(s) if grid.low else None
     if s.numel() > 1:
-        s, zero = (v.view(-1, *[1] * (x.dim() - 1)) for v in (s, zero))
+        s, zero = (None if v is None else v.view(-1, *[1] * (x.dim() - 1)) for v in (s, zero))
+    if zero is None:
+        return x.mul(1.0 / s).round_().clamp_(grid.q_min, grid.q_max).mul_(s)
+    return on_levels(x, s, grid.q_min - zero, grid.q_max - zero)
+
+
+def on_levels(x: torch.Tensor, s: torch.Tensor, least: torch.Tensor, greatest: torch.Tensor) -> torch.Tensor:
+    """``s * clip(round(x / s), least, greatest)``, with levels counted from the value 0; all broadcast to ``x``."""
     q = x.mul(1.0 / s).round_()
-    q = q.clamp_(grid.q_min, grid.q_max) if not grid.low else _clamp(q, grid.q_min - zero, grid.q_max - zero)
-    return q.mul_(s)
-
-
-def _clamp(q, lo, hi):
-    # Numbers are faster than one-element tensors.
-    return q.clamp_(lo.item(), hi.item()) if lo.numel() == 1 else torch.minimum(torch.maximum(q, lo, out=q), hi, out=q)
+    return torch.minimum(torch.maximum(q, least, out=q), greatest, out=q).mul_(s)
 
 
 def squared_error(values, counts, s, grid):

@@ -1,9 +1,46 @@
 """Where the step size of an activation quantizer comes from: a constant, the tensor at hand, a table over t."""
 
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import nn
 
 from tdq_utils.errors import TDQError
+from tdq_utils.method.grid import SILU_MIN, Grid
+
+HALF_PRECISION = 2.0**-8  # bfloat16 holds a number to this part of itself: 999 as 1000, 749.25 as 748
+
+
+class TimeSteps:
+    """The time steps of one call of the model: distinct values, and which sample has which.
+
+    Args:
+        t: number, or tensor of one element or one for each sample; any unit. batch: number of samples.
+
+    Attributes:
+        values: distinct time steps, as they were received, ascending floats. index: ``"batch"``, the value of each sample;
+            ``None`` if they share one.
+
+    Raises:
+        TDQError: ``t`` has neither 1 nor ``batch`` elements.
+    """
+
+    def __init__(self, t: float | torch.Tensor, batch: int):
+        t = torch.as_tensor(t).reshape(-1)
+        if len(t) not in (1, batch):
+            raise TDQError(f"t must have 1 element or one for each of the {batch} samples; got {len(t)}.")
+        values, index = t.cpu().double().unique(return_inverse=True)
+        self.values: list[float] = values.tolist()
+        self.index: torch.Tensor | None = None if len(values) == 1 else index
+
+    def spread(self, per_value: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+        """Entries ``"distinct"``, in the order of ``values`` -> the one entry ``""``, or ``"batch"``."""
+        if self.index is None:
+            return per_value[0]
+        entries = per_value if isinstance(per_value, torch.Tensor) else torch.stack(list(per_value))
+        return entries[self.index.to(entries.device)]
 
 
 class StepSize(nn.Module):
@@ -11,9 +48,14 @@ class StepSize(nn.Module):
 
     ``forward(x, t, grid)`` takes the layer's input, the :class:`TimeSteps` of this call and the
     :class:`tdq_utils.method.grid.Grid`, and returns one value, or one for each sample.
+
+    Attributes:
+        over_time: whether it depends on t, so that the call must be known.
     """
 
-    def settings(self):
+    over_time = False
+
+    def settings(self) -> dict[str, Any]:
         """Keyword arguments that rebuild this source, less its tensors; JSON-able."""
         return {}
 
@@ -21,11 +63,13 @@ class StepSize(nn.Module):
 class StaticStep(StepSize):
     """A constant, measured by calibration."""
 
-    def __init__(self, s=1.0):
+    s: torch.Tensor
+
+    def __init__(self, s: float | torch.Tensor = 1.0):
         super().__init__()
         self.register_buffer("s", torch.as_tensor(s, dtype=torch.float32).clone())
 
-    def forward(self, x, t, grid):
+    def forward(self, x: torch.Tensor, t: TimeSteps | None, grid: Grid) -> torch.Tensor:
         """The constant, shape ``""``."""
         return self.s
 
@@ -33,20 +77,20 @@ class StaticStep(StepSize):
 class LearnedStep(StepSize):
     """A constant that gradients reach (LSQ). Its logarithm is the parameter: positive, and one rate fits any scale."""
 
-    def __init__(self, s=1.0):
+    def __init__(self, s: float | torch.Tensor = 1.0):
         super().__init__()
         self.log_s = nn.Parameter(torch.as_tensor(s, dtype=torch.float32).log())
 
     @property
-    def s(self):
+    def s(self) -> torch.Tensor:
         """The step size, shape ``""``."""
         return self.log_s.exp()
 
-    def at(self, t):
+    def at(self, t: torch.Tensor) -> torch.Tensor:
         """The same value for every time step of ``t``, ``"batch"``."""
         return self.s.expand(len(t))
 
-    def forward(self, x, t, grid):
+    def forward(self, x: torch.Tensor, t: TimeSteps | None, grid: Grid) -> torch.Tensor:
         """The step size, shape ``""``."""
         return self.s
 
@@ -57,68 +101,77 @@ class DynamicStep(StepSize):
     ``per``: ``"tensor"`` or ``"sample"``.
     """
 
-    def __init__(self, per="tensor"):
+    def __init__(self, per: str = "tensor"):
         super().__init__()
         self.per = per
 
-    def settings(self):
+    def settings(self) -> dict[str, Any]:
         """``per``."""
         return dict(per=self.per)
 
-    def forward(self, x, t, grid):
-        """One value, or ``"sample"`` values, from the range of ``x``."""
-        flat = x.detach().reshape(1 if self.per == "tensor" else len(x), -1)
-        least, greatest = flat.aminmax(dim=1)
-        return grid.widest_step(least, greatest).clamp_min(1e-8)
+    def interval(self, x: torch.Tensor, below: Any, above: Any) -> tuple[torch.Tensor, ...]:
+        """The min-max interval on the grid that each range asks for (:meth:`tdq_utils.method.grid.Grid.for_range`).
+
+        All in tensors: nothing waits for a device, and a compiler sees one graph.
+
+        Args:
+            x: the layer's input. below, above: least and greatest level of the symmetric grid, numbers or tensors ``""``.
+
+        Returns:
+            Step size, least and greatest level, counted from the value 0; shapes that broadcast to ``x``.
+        """
+        least, greatest = x.detach().reshape(1 if self.per == "tensor" else len(x), -1).float().aminmax(dim=1)
+        symmetric = (least < SILU_MIN - 1e-3) | ((least < 0) & (greatest < -2 * SILU_MIN))
+        low, levels = torch.where(least < 0, SILU_MIN, 0.0), above - below
+        s = torch.where(symmetric, torch.maximum(least / below, greatest / above), (greatest - low) / levels).clamp_min(1e-8)
+        zero = torch.where(symmetric, -below, (-low / s).round().clamp(max=levels))
+        s, bottom, top = (v.view(-1, *[1] * (x.dim() - 1)) for v in (s, -zero, levels - zero))
+        return s, bottom, top
 
 
 class TableStep(StepSize):
     """One value for each of a finite set of time steps, looked up by the value of t.
 
+    An entry also answers for a t that half precision has rounded, as long as it is nearer to it than to any other.
+
     Args:
-        t: time steps, whole numbers. s: step sizes, one for each.
+        t: time steps, any unit. s: step sizes, one for each.
     """
 
-    def __init__(self, t, s):
+    over_time = True
+    t: torch.Tensor
+    s: torch.Tensor
+
+    def __init__(self, t: Any, s: Any):
         super().__init__()
-        t, order = torch.as_tensor(t, dtype=torch.int64).sort()
+        t, order = torch.as_tensor(t, dtype=torch.float64).sort()
         self.register_buffer("t", t)
-        self.register_buffer("s", torch.as_tensor(s, dtype=torch.float32)[order].clone())
-        self._rows = {}
+        self.register_buffer("s", torch.as_tensor(s, dtype=torch.float32)[order.to(torch.as_tensor(s).device)].clone())
+        self._rows: dict[float, int] = {}
 
-    def forward(self, x, t, grid):
+    def forward(self, x: torch.Tensor, t: TimeSteps, grid: Grid) -> torch.Tensor:
         """``s`` at each sample's t; one value if they share it. TDQError: a t not in the table."""
-        return t.spread(self.s[[self._row(value) for value in t.values]])
+        # By whole numbers, so by views: nothing is copied to a device, or waited for.
+        return t.spread([self.s[self._row(value)] for value in t.values])
 
-    def _row(self, value):
+    def _row(self, value: float) -> int:
         if value not in self._rows:  # derived from the buffer, so a loaded table needs no other state
-            self._rows = {int(v): row for row, v in enumerate(self.t)}
-        if value not in self._rows:
-            raise TDQError(
-                f"This table holds {len(self.t)} time steps, {self.t[0]}..{self.t[-1]}, and t must be one of them; got "
-                f"t = {value}. Sample with the number of steps that freeze or calibrate was called with, or call it again."
-            )
+            self._rows[value] = nearest(self.t.tolist(), value)
         return self._rows[value]
 
 
-class TimeSteps:
-    """The time steps of one call of the model: distinct values, and which sample has which.
-
-    Args:
-        t: number, or tensor of one element or one for each sample. batch: number of samples.
+def nearest(table: list[float], value: float) -> int:
+    """Row of an ascending table that answers for time step ``value``: the same number but for rounding to half precision.
 
     Raises:
-        TDQError: ``t`` has neither 1 nor ``batch`` elements.
+        TDQError: none does.
     """
-
-    def __init__(self, t, batch):
-        t = torch.as_tensor(t).reshape(-1)
-        if len(t) not in (1, batch):
-            raise TDQError(f"t must have 1 element or one for each of the {batch} samples; got {len(t)}.")
-        values, index = t.cpu().unique(return_inverse=True)
-        self.values = values.tolist()
-        self.index = None if len(values) == 1 else index
-
-    def spread(self, per_value):
-        """Entries ``"distinct"``, in the order of ``values`` -> the one entry ``""``, or ``"batch"``."""
-        return per_value[0] if self.index is None else per_value[self.index.to(per_value.device)]
+    right = bisect_left(table, value)
+    row = min((row for row in (right - 1, right) if 0 <= row < len(table)), key=lambda row: abs(table[row] - value))
+    gaps = [abs(table[row] - table[other]) for other in (row - 1, row + 1) if 0 <= other < len(table)]
+    if abs(table[row] - value) > HALF_PRECISION * abs(table[row]) or any(2 * abs(table[row] - value) >= gap for gap in gaps):
+        raise TDQError(
+            f"This table holds {len(table)} time steps, {table[0]:g}..{table[-1]:g}, and t must be one of them; got "
+            f"t = {value:g}. Sample with the number of steps that freeze or calibrate was called with, or call it again."
+        )
+    return row

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tdq_utils.errors import TDQError
-from tdq_utils.fit.layers import QuantizedConv2d, QuantizedLinear, weight_levels
+from tdq_utils.fit.layers import QuantizedConv2d, QuantizedLinear
 from tdq_utils.fit.quantize import checked_state
 from tdq_utils.run.runtime import Runner
 
@@ -107,7 +107,7 @@ class IntegerConv2d(nn.Module):
 
     def load(self, layer):
         """Take the weights of a frozen layer, as levels."""
-        levels = weight_levels(layer)
+        levels = layer.weight_levels()
         levels = levels if levels.dim() == 4 else levels[:, :, None, None]
         self.weight_step = layer.weight_step.detach().expand(len(levels)).clone()
         self.weight_zero = torch.zeros(len(levels), dtype=torch.int32)

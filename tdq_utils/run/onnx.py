@@ -18,7 +18,7 @@ from torch import nn
 from tdq_utils.errors import TDQError
 from tdq_utils.fit.layers import QuantizedConv2d, QuantizedLinear
 from tdq_utils.fit.quantize import checked_state, full_precision, quantized_layers
-from tdq_utils.run.integer import INT8_FLAGS, cpu_flags, weight_levels
+from tdq_utils.run.integer import INT8_FLAGS, cpu_flags
 from tdq_utils.run.runtime import RowQuantizer, Runner
 
 INTEGER = {"ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearConv", "QLinearMatMul"}
@@ -128,7 +128,7 @@ class _Product(nn.Module):
         super().__init__()
         s, least, greatest = table[:, :, layer.activation.column].unbind(dim=1)
         self.clock, self.top = clock, int(greatest[0] - least[0])
-        weight = weight_levels(layer)  # "out in ..."
+        weight = layer.weight_levels()  # "out in ..."
         self.register_buffer("scale", s.clone())
         self.register_buffer("zero", (-least).to(torch.uint8))
         self.register_buffer("weight", weight.movedim(1, -1).flatten(1).T.contiguous())

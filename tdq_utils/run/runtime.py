@@ -8,9 +8,9 @@ from torch import nn
 from tdq_utils.denoiser.sampling import timesteps
 from tdq_utils.errors import TDQError
 from tdq_utils.fit.layers import SplitQuantizer
-from tdq_utils.fit.quantize import activation_quantizers, checked_state, frozen_step, full_precision, quantized_layers
+from tdq_utils.fit.quantize import activation_quantizers, frozen_step, full_precision, quantized_layers
 from tdq_utils.method.generator import StepGenerator
-from tdq_utils.method.grid import SILU_MIN
+from tdq_utils.method.grid import on_levels
 from tdq_utils.method.step_sizes import DynamicStep, StaticStep, TableStep
 
 
@@ -87,8 +87,8 @@ class Runner(Compiled):
 
     @staticmethod
     def make_layer(name, layer, activation):
-        """The layer to run in place of a quantized one: here its twin, with ``activation`` in the place of its quantizer."""
-        return _copy_twin(layer, activation)
+        """The layer to run in place of a quantized one: here a copy, with ``activation`` in the place of its quantizer."""
+        return _copy_layer(layer, activation)
 
     @torch.no_grad()
     def load(self, model):
@@ -183,8 +183,7 @@ class RowQuantizer(nn.Module):
 
     def forward(self, x, t=None):
         """Levels times step size, shaped as ``x``."""
-        s, least, greatest = self.interval(x)
-        return torch.clamp(torch.round(x * (1.0 / s)), least, greatest) * s
+        return on_levels(x, *self.interval(x))
 
     def levels(self, x):
         """``(q, s, zero)``: levels from 0, uint8, shaped as ``x``; step size; level of the value 0, int32."""
@@ -194,36 +193,28 @@ class RowQuantizer(nn.Module):
 
 
 class RangeQuantizer(RowQuantizer):
-    """Fake-quantizes with the min-max interval of the input at hand, on the grid that its range asks for.
-
-    The same as :class:`tdq_utils.method.step_sizes.DynamicStep` with ``Grid.for_range``, without leaving the graph.
+    """Fake-quantizes with the min-max interval of the input at hand.
 
     Args:
-        per: ``"tensor"`` or ``"sample"``.
+        step: :class:`tdq_utils.method.step_sizes.DynamicStep`.
     """
 
-    def __init__(self, now, column, per):
+    def __init__(self, now, column, step):
         super().__init__(now, column)
-        self.per = per
+        self.step = step
 
     def interval(self, x):
         """Step size, least and greatest level of each sample, or of all."""
         _, below, above = self.now[:, self.column].unbind()
-        least, greatest = x.reshape(1 if self.per == "tensor" else len(x), -1).aminmax(dim=1)
-        symmetric = (least < SILU_MIN - 1e-3) | ((least < 0) & (greatest < -2 * SILU_MIN))
-        low = torch.where(least < 0, SILU_MIN, 0.0)
-        levels = above - below
-        s = torch.where(symmetric, torch.maximum(least / below, greatest / above), (greatest - low) / levels).clamp_min(1e-8)
-        zero = torch.where(symmetric, -below, torch.minimum((-low / s).round(), levels))
-        return (v.view(-1, *[1] * (x.dim() - 1)) for v in (s, -zero, levels - zero))
+        return self.step.interval(x, below, above)
 
 
 def _copy(model, now, make_layer):
-    """A copy of the model, without clock, with layers made by ``make_layer`` whose quantizers read ``now``."""
+    """A copy of the model that is not quantized, with layers made by ``make_layer`` whose quantizers read ``now``."""
     readers = {}
     for column, quantizer in enumerate(activation_quantizers(model).values()):
-        per = getattr(quantizer.step, "per", None)
-        readers[quantizer] = RangeQuantizer(now, column, per) if per else RowQuantizer(now, column)
+        dynamic = isinstance(quantizer.step, DynamicStep)
+        readers[quantizer] = RangeQuantizer(now, column, quantizer.step) if dynamic else RowQuantizer(now, column)
     layers = {}
     for name, layer in quantized_layers(model).items():
         activation = readers.get(layer.activation)
@@ -231,21 +222,21 @@ def _copy(model, now, make_layer):
             activation = SplitQuantizer(layer.activation.at, [readers[half] for half in layer.activation.halves])
         layers[name] = make_layer(name, layer, activation)
     with full_precision(model):
-        spare = {layer: nn.Identity() for layer in checked_state(model).originals.values()}  # their weights are not copied
-        net = copy.deepcopy(model, {id(layer): empty for layer, empty in spare.items()})
+        spare = {id(layer): nn.Identity() for layer in quantized_layers(model).values()}  # their weights are not copied
+        net = copy.deepcopy(model, spare)
     del net.quantization
     for name, layer in layers.items():
         net.set_submodule(name, layer)
     return net
 
 
-def _copy_twin(layer, activation):
-    """A twin that shares nothing that changes: its rounded weights and its bias are its own."""
-    twin = copy.copy(layer)
+def _copy_layer(layer, activation):
+    """A quantized layer that shares nothing that changes: its rounded weights and its bias are its own."""
+    copied = copy.copy(layer)
     for key, value in layer.__dict__.items():
-        if isinstance(value, dict):
-            twin.__dict__[key] = copy.copy(value)
-    twin.clock, twin.rounded, twin.activation = None, layer.quantized_weight().detach().clone(), activation
+        if isinstance(value, dict):  # parameters, buffers, hooks
+            copied.__dict__[key] = copy.copy(value)
+    copied.rounded, copied.activation = layer.quantized_weight().detach().clone(), activation
     if layer.bias is not None:
-        twin.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
-    return twin
+        copied.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
+    return copied

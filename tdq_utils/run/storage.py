@@ -10,7 +10,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tdq_utils.errors import DataError, TDQError
-from tdq_utils.fit.layers import weight_levels
 from tdq_utils.fit.quantize import activation_quantizers, checked_state, quantize, quantized_layers, round_weights
 from tdq_utils.method.generator import FourierFeatures, RawTime, StepGenerator
 from tdq_utils.method.grid import Grid
@@ -45,7 +44,7 @@ def save_quantized(model, folder, packed=False):
         activations=state.activations,
         method=state.method,
         weights_per=state.weights_per,
-        keep=state.kept,
+        keep=list(state.kept),
         frozen=state.frozen,
         # Convolutions in another memory format sum in another order.
         channels_last=any(p.dim() == 4 and not p.is_contiguous() for p in model.parameters()),
@@ -59,7 +58,7 @@ def save_quantized(model, folder, packed=False):
         for name, layer in quantized_layers(model).items():
             del tensors[f"{name}.weight"]
             tensors.pop(f"{name}.levels", None)
-            tensors[f"{name}.packed"] = pack(weight_levels(layer), state.weights)
+            tensors[f"{name}.packed"] = pack(layer.weight_levels(), state.weights)
     save_file(tensors, folder / "model.safetensors")
     settings["sha256"] = _sha256(folder / "model.safetensors")
     (folder / "quantization.json").write_text(json.dumps(settings, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Quantized twins of single layers against their definition, and the clock."""
+"""Quantized layers against their definition: put on and taken off in place."""
 
 import pytest
 import torch
@@ -6,9 +6,9 @@ from torch import nn
 
 from tdq_utils import quantize
 from tdq_utils.errors import TDQError
-from tdq_utils.fit.layers import twin
+from tdq_utils.fit.layers import ActivationQuantizer, additions, attach, detach, search_weight_step
 from tdq_utils.method.grid import Grid, fake_quantize
-from tdq_utils.method.step_sizes import StaticStep, TimeSteps
+from tdq_utils.method.step_sizes import StaticStep
 
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 4), (2, 5, 6)),
@@ -22,19 +22,20 @@ LAYERS = {
 
 @pytest.mark.parametrize("weights_per", ["channel", "tensor"])
 @pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
-def test_twin_is_the_layer_on_quantized_input_and_weights(make, shape, weights_per):
+def test_a_quantized_layer_is_the_layer_on_quantized_input_and_weights(make, shape, weights_per):
     layer, x = make(), torch.randn(shape)
-    before = dict(layer.__dict__), dict(layer._parameters), dict(layer._buffers), dict(layer._modules)
-    quantized = twin(layer, Grid(4), activations=5, dynamic=None, weights_per=weights_per)
-    quantized.activation.grid, quantized.activation.step = Grid(5), StaticStep(0.1)
-    quantized.clock = type("Clock", (), {"now": TimeSteps(0, 2)})
-    output = quantized(x)
+    parts = lambda: (type(layer), *(dict(d) for d in (vars(layer), layer._parameters, layer._buffers, layer._modules)))  # noqa: E731
+    before, weight = parts(), layer.weight
+    step = search_weight_step(weight, Grid(4), weights_per)
+    assert step.shape == ((4,) if weights_per == "channel" else (1,))
+    attach(layer, additions(Grid(4), step, ActivationQuantizer(5, Grid(5), StaticStep(0.1))))
+    assert layer.weight is weight
+    output = layer(x)
 
-    assert (layer.__dict__, layer._parameters, layer._buffers, layer._modules) == before
-    assert quantized.weight is layer.weight and quantized.bias is layer.bias
-    assert quantized.weight_step.shape == ((4,) if weights_per == "channel" else (1,))
+    detach(layer)
+    assert parts() == before
     with torch.no_grad():
-        layer.weight.copy_(fake_quantize(layer.weight, quantized.weight_step, Grid(4)))
+        layer.weight.copy_(fake_quantize(layer.weight, step, Grid(4)))
         assert torch.equal(output, layer(fake_quantize(x, torch.tensor(0.1), Grid(5))))
 
 
@@ -52,5 +53,5 @@ def test_a_call_without_a_time_step():
     model = Denoiser()
     quantize(model, activations=None, keep=[])
     assert model(torch.zeros(2, 4), 3).shape == (2, 4)
-    with pytest.raises(TDQError, match=r"must be told the time step; call model\(sample, timestep\)"):
+    with pytest.raises(TDQError, match=r"must be told the time step; got none. Call model\(sample, timestep\)"):
         model(torch.zeros(2, 4))

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from tdq_utils.errors import TDQError
 from tdq_utils.fit.layers import ActivationQuantizer
 from tdq_utils.method.grid import SILU_MIN, Grid, fake_quantize, mse_step, squared_error
-from tdq_utils.method.step_sizes import DynamicStep, StaticStep, TimeSteps
+from tdq_utils.method.step_sizes import DynamicStep, TimeSteps
 
 GRIDS = [Grid(bits, low) for bits in (2, 4, 8) for low in (None, 0.0, SILU_MIN)]
 every_grid = pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g.bits}bits-low{g.low}")
@@ -206,8 +206,8 @@ def test_activation_quantizer_needs_a_step():
 
 @pytest.mark.parametrize(("x", "grid"), [(torch.tensor([[-2.0, 3.0]]), Grid(4)), (torch.tensor([[0.0, 3.0]]), Grid(4, 0.0))])
 def test_without_a_grid_the_input_decides(x, grid):
-    quantizer = ActivationQuantizer(4, step=StaticStep(0.3))
-    assert torch.equal(quantizer(x, TimeSteps(0, 1)), fake_quantize(x, torch.tensor(0.3), grid))
+    quantizer = ActivationQuantizer(4, step=DynamicStep("tensor"))
+    assert torch.equal(quantizer(x, None), fake_quantize(x, grid.widest_step(x.min(), x.max()), grid))
 
 
 def test_dynamic_grid_of_a_sample_is_its_own():

@@ -23,16 +23,35 @@ def test_table_is_looked_up_by_value():
     table = TableStep([999, 0, 499], [0.9, 0.1, 0.5])
     assert table(None, TimeSteps(499, 2), None) == 0.5
     torch.testing.assert_close(table(None, TimeSteps(torch.tensor([0, 999]), 2), None), torch.tensor([0.1, 0.9]))
-    with pytest.raises(TDQError, match=r"holds 3 time steps, 0\.\.999.*got t = 500\. Sample with the number of steps"):
-        table(None, TimeSteps(500, 2), None)
+    for t in (520, 300, 1010, -1, 1e-3):
+        with pytest.raises(TDQError, match=rf"holds 3 time steps, 0\.\.999.*got t = {t:g}\. Sample with the number of steps"):
+            table(None, TimeSteps(t, 2), None)
 
 
-@pytest.mark.parametrize(("per", "expected"), [("tensor", [8.0 / 7]), ("sample", [0.5, 8.0 / 7])])
+@pytest.mark.parametrize("t", [[999.0, 749.25, 499.5, 1.0], [0.999, 0.74925, 0.4995, 0.001], [1000 * i / 50 for i in range(51)]])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_half_precision_rounds_no_entry_to_another(t, dtype):
+    table = TableStep(t, range(len(t)))
+    rounded = torch.tensor(t).to(dtype)
+    assert table(None, TimeSteps(rounded, len(t)), None).tolist() == list(range(len(t)))
+
+
+def test_entries_that_half_precision_cannot_tell_apart_are_refused():
+    table = TableStep(range(1000), torch.ones(1000))
+    with pytest.raises(TDQError, match="got t = 1000"):  # 999 in bfloat16, further from it than half of the gap to 998
+        table(None, TimeSteps(torch.tensor(999.0, dtype=torch.bfloat16), 1), None)
+
+
+@pytest.mark.parametrize(("per", "expected"), [("tensor", [8.0 / 7]), ("sample", [0.5, 8.0 / 15])])
 def test_dynamic_step_is_the_range_at_hand(per, expected):
     x = torch.tensor([[[-4.0, 1.0]], [[2.0, 8.0]]])
-    step = DynamicStep(per)(x, TimeSteps(0, 2), Grid(4))
-    assert step.tolist() == pytest.approx(expected)
-    torch.testing.assert_close(DynamicStep(per)(x.transpose(1, 2), None, Grid(4)), step)
+    s, least, greatest = DynamicStep(per).interval(x, -8, 7)
+    assert s.flatten().tolist() == pytest.approx(expected)
+    torch.testing.assert_close(DynamicStep(per).interval(x.transpose(1, 2), -8, 7)[0], s)
+    grids = [Grid.for_range(4, *(end.item() for end in part.aminmax())) for part in ([x] if per == "tensor" else x)]
+    zeros = [int(grid.zero(step)) for grid, step in zip(grids, s.flatten(), strict=True)]
+    assert least.flatten().tolist() == [grid.q_min - zero for grid, zero in zip(grids, zeros, strict=True)]
+    assert greatest.flatten().tolist() == [grid.q_max - zero for grid, zero in zip(grids, zeros, strict=True)]
 
 
 def test_learned_step_takes_the_gradient_and_stays_positive():

@@ -10,7 +10,7 @@ from tdq_utils import calibrate, freeze, load_quantized, quantize, restore, samp
 from tdq_utils.errors import TDQError
 from tdq_utils.fit.quantize import quantized_layers
 from tdq_utils.run import integer as module
-from tdq_utils.run.integer import IntegerConv2d, IntegerLinear, to_integer, weight_levels
+from tdq_utils.run.integer import IntegerConv2d, IntegerLinear, to_integer
 
 pytestmark = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64") or not module.INT8_FLAGS & module.cpu_flags(),
@@ -93,9 +93,9 @@ def test_no_floats_are_kept_of_quantized_weights(unet, scheduler, profile):
 def test_levels_of_learned_rounding_are_kept(unet):
     quantize(unet, 4, 8, "mse")
     layer = next(iter(quantized_layers(unet).values()))
-    nearest = weight_levels(layer)
+    nearest = layer.weight_levels()
     layer.levels = (nearest + 1).clamp(max=7)  # as AdaRound leaves them
-    assert torch.equal(weight_levels(layer), layer.levels)
+    assert torch.equal(layer.weight_levels(), layer.levels)
     assert not torch.equal(layer.levels, nearest)
 
 
@@ -148,12 +148,11 @@ def test_worst_case_sums_do_not_saturate():
         def levels(self, x):
             return torch.full_like(x, 255, dtype=torch.uint8), torch.tensor(1.0), torch.tensor(0, dtype=torch.int32)
 
-    from tdq_utils.fit.layers import twin
+    from tdq_utils.fit.layers import additions, attach
     from tdq_utils.method.grid import Grid
 
     conv = nn.Conv2d(64, 16, 3, bias=False).requires_grad_(False)
     conv.weight.fill_(127.0)
-    layer = twin(conv, Grid(8), None, None, "channel")
-    layer.weight_step = torch.ones(16)
-    out = IntegerConv2d(layer, AllHigh())(torch.zeros(1, 64, 3, 3))
+    attach(conv, additions(Grid(8), torch.ones(16), None))
+    out = IntegerConv2d(conv, AllHigh())(torch.zeros(1, 64, 3, 3))
     assert (out == 255 * 127 * 64 * 9).all()

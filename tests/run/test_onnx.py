@@ -154,7 +154,7 @@ def test_a_whole_model(unet, scheduler, profile, tmp_path):
         # Last bits of sums may move an activation to the next level, and so all that follow; most often none does.
         assert (written(x, t).sample - simulated).square().mean() < 0.01 * quantization
     found = kernels(path).groupby(["arithmetic", "layers"])["count"].sum()
-    assert found["int8", "quantized"] == len(model.quantization.originals)
+    assert found["int8", "quantized"] == len(model.quantization.names)
     assert ("float32", "quantized") not in found.index
     how = {"seeds": range(3), "steps": 4, "batch_size": 2, "progress": False}
     assert (sample(written, scheduler, **how) - sample(model, scheduler, **how)).abs().mean() < 0.01

@@ -1,0 +1,92 @@
+"""Which layers are quantized, and which are left in full precision and why."""
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from tdq_utils.errors import TDQError
+from tdq_utils.fit.layers import QUANTIZED, forward_slots, weights_at_hand
+
+LAYERS = (nn.Linear, nn.Bilinear, _ConvNd)
+
+
+def kept_layers(model: nn.Module) -> dict[str, str]:
+    """The layers that the paper keeps in full precision, found by structure: ``{name: reason}``.
+
+    The model's own entry and exit layers (first and last conv or projection: the ones it holds directly or
+    in an embedding module), and everything that carries t: time-embedding MLPs, the time projections of
+    ResNet blocks, adaptive norms. (So et al. 2023, authors' code.)
+    """
+    kept = {}
+    for parent_name, parent in model.named_modules():
+        conditioning = type(parent).__module__ in ("diffusers.models.embeddings", "diffusers.models.normalization")
+        for name, layer in parent.named_modules() if conditioning else parent.named_children():
+            reason = "carries t" if conditioning or name == "time_emb_proj" else "entry or exit" if parent is model else None
+            if type(layer) in QUANTIZED and reason:
+                kept.setdefault(f"{parent_name}.{name}".lstrip("."), reason)
+    return kept
+
+
+def chosen_layers(model: nn.Module, keep: str | Iterable[str] | None) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The layers to quantize, by name, and those that are kept, by name with the reason.
+
+    Raises:
+        TDQError: a pattern that names no layer, nothing to quantize, weights that are not finite, an adapter, or a layer
+            whose quantizer would be there but not run.
+    """
+    everything = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
+    patterns = [keep] if isinstance(keep, str) else None if keep is None else list(keep)
+    for pattern in patterns or ():
+        if not any(fnmatchcase(name, pattern) for name in everything):
+            raise TDQError(f"keep must name conv or linear layers of the model, or match some; got {pattern!r}.")
+    asked = {name: "as asked" for name in everything if any(fnmatchcase(name, pattern) for pattern in patterns or ())}
+    kept = kept_layers(model) if patterns is None else asked
+    kept |= {name: reason for name, layer in everything.items() if name not in kept and (reason := _cannot(name, layer))}
+    chosen = {name: layer for name, layer in everything.items() if name not in kept}
+    if not chosen:
+        raise TDQError(f"There must be a layer to quantize; the model has {len(everything)} and all are kept.")
+    for name, layer in chosen.items():
+        with weights_at_hand(layer):
+            if not layer.weight.is_meta and not torch.isfinite(layer.weight.float()).all():
+                raise TDQError(f"Weights must be finite; {name} holds NaN or infinity. Load the model again.")
+    return chosen, {name: kept[name] for name in everything if name in kept}
+
+
+def _cannot(name, layer):
+    """Why a layer cannot be quantized, or ``None``. TDQError: it would be there, but not run."""
+    kind = type(layer)
+    if name.endswith("base_layer") or kind.__module__.startswith("peft.") or ".lora_" in name:
+        raise TDQError(f"Adapters must be fused before quantize; got {name}. pipe.fuse_lora(); pipe.unload_lora_weights().")
+    if kind not in QUANTIZED:
+        return f"{kind.__name__} may compute otherwise than {', '.join(k.__name__ for k in QUANTIZED)}"
+    if "weight" not in layer._parameters:
+        return "its weight is computed (weight norm or another parametrization)"
+    if "forward" in vars(layer) and not forward_slots(layer, kind):
+        raise TDQError(
+            f"A layer's forward must be that of its class, or under hooks of accelerate or diffusers; {name} has another one on "
+            "the instance, which would hide the quantizer. Remove it, or name the layer in keep=."
+        )
+    if getattr(getattr(layer, "_hf_hook", None), "offload_buffers", False):
+        raise TDQError(f"Layers must be offloaded without buffers; {name} is with them. Offload with offload_buffers=False.")
+    return None
+
+
+def skip_splits(model: nn.Module) -> dict[str, int]:
+    """``{layer: channels}`` that come from below, where an up-block's residual block gets them joined with a skip.
+
+    By structure: each such block's input has more channels than the block before put out; the rest is the skip.
+    TDQError: the model is no UNet of diffusers.
+    """
+    if not hasattr(model, "up_blocks"):
+        raise TDQError(f"split_skips needs a UNet with up_blocks; {type(model).__name__} concatenates no skips.")
+    splits, below = {}, (model.mid_block or model.down_blocks[-1]).resnets[-1].out_channels
+    for i, block in enumerate(model.up_blocks):
+        for j, resnet in enumerate(block.resnets):
+            for name in ("conv1", "conv_shortcut"):
+                if getattr(resnet, name) is not None and resnet.in_channels > below:
+                    splits[f"up_blocks.{i}.resnets.{j}.{name}"] = below
+            below = resnet.out_channels
+    return splits

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ def kept_layers(model: nn.Module) -> dict[str, str]:
     in an embedding module), and everything that carries t: time-embedding MLPs, the time projections of
     ResNet blocks, adaptive norms. (So et al. 2023, authors' code.)
     """
-    kept = {}
+    kept: dict[str, str] = {}
     for parent_name, parent in model.named_modules():
         conditioning = type(parent).__module__ in ("diffusers.models.embeddings", "diffusers.models.normalization")
         for name, layer in parent.named_modules() if conditioning else parent.named_children():
@@ -30,7 +31,7 @@ def kept_layers(model: nn.Module) -> dict[str, str]:
     return kept
 
 
-def chosen_layers(model: nn.Module, keep: str | Iterable[str] | None) -> tuple[dict[str, nn.Module], dict[str, str]]:
+def chosen_layers(model: nn.Module, keep: str | Iterable[str] | None) -> tuple[dict[str, Any], dict[str, str]]:
     """The layers to quantize, by name, and those that are kept, by name with the reason.
 
     Raises:
@@ -74,7 +75,7 @@ def _cannot(name, layer):
     return None
 
 
-def skip_splits(model: nn.Module) -> dict[str, int]:
+def skip_splits(model: Any) -> dict[str, int]:
     """``{layer: channels}`` that come from below, where an up-block's residual block gets them joined with a skip.
 
     By structure: each such block's input has more channels than the block before put out; the rest is the skip.

@@ -26,6 +26,9 @@ class ActivationQuantizer(nn.Module):
             (:mod:`tdq_utils.method.rules`) quantizes.
     """
 
+    grid: Any
+    step: Any
+
     def __init__(self, bits: int, grid: Grid | None = None, step: StepSize | None = None):
         super().__init__()
         self.bits, self.grid, self.step = bits, grid, step
@@ -65,7 +68,8 @@ class SplitQuantizer(nn.Module):
 
     def __init__(self, at: int, halves: list[nn.Module]):
         super().__init__()
-        self.at, self.halves = at, nn.ModuleList(halves)
+        self.at = at
+        self.halves: Any = nn.ModuleList(halves)
 
     def forward(self, x: torch.Tensor, t: TimeSteps | None) -> torch.Tensor:
         """Fake-quantize each half with its own quantizer at :class:`TimeSteps` ``t``."""
@@ -93,9 +97,9 @@ class QuantizedLayer(nn.Module):
         rounded: the rounded weights of a frozen layer, else ``None``.
     """
 
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    activation: nn.Module | None
+    weight: Any
+    bias: Any
+    activation: Any
     weight_grid: Grid | None
     weight_step: torch.Tensor
     split: int | None
@@ -135,7 +139,7 @@ class QuantizedLayer(nn.Module):
         weight = self.quantized_weight().to(x)  # a view of itself where device and dtype agree
         if isinstance(self, nn.Linear):
             return F.linear(x, weight, self.bias)
-        return self._conv_forward(x, weight, self.bias)
+        return self._conv_forward(x, weight, self.bias)  # type: ignore[operator]
 
     def _apply(self, fn, recurse=True):
         own = {name: buffer for name in BUFFERS if (buffer := self._buffers.get(name)) is not None}

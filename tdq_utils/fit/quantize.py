@@ -55,7 +55,7 @@ class Quantization:
 
 
 def quantize(
-    model: nn.Module,
+    model: Any,
     weights: int | None = 8,
     activations: int | None = 8,
     method: str = "tdq",
@@ -161,16 +161,16 @@ def _outside_quantizers(model):
     return seen
 
 
-def checked_state(model: nn.Module) -> Quantization:
+def checked_state(model: Any) -> Quantization:
     """The model's :class:`Quantization`. TDQError: it is not quantized."""
     if not hasattr(model, "quantization"):
         raise TDQError("The model must be quantized; got a full-precision one. Call quantize(model, ...) first.")
     return model.quantization
 
 
-def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+def quantized_layers(model: Any) -> dict[str, QuantizedLayer]:
     """The quantized layers by dotted name. TDQError: the model is not quantized, or a layer is no longer where it was."""
-    found = {}
+    found: dict[str, Any] = {}
     for name in checked_state(model).names:
         found[name] = model.get_submodule(name)
         if model.quantization.aside is None and not isinstance(found[name], QuantizedLayer):
@@ -183,7 +183,7 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
 
 def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
     """``{name: ActivationQuantizer}``; a layer with a split input has two, ``name[:64]`` and ``name[64:]``."""
-    found = {}
+    found: dict[str, ActivationQuantizer] = {}
     for name, layer in quantized_layers(model).items():
         if isinstance(layer.activation, SplitQuantizer):
             found |= zip(layer.activation.parts(name), layer.activation.halves, strict=True)

@@ -3,12 +3,13 @@
 import platform
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from tdq_utils.errors import TDQError
-from tdq_utils.fit.layers import QuantizedConv2d, QuantizedLinear
+from tdq_utils.fit.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from tdq_utils.fit.quantize import checked_state
 from tdq_utils.run.runtime import Runner
 
@@ -29,7 +30,7 @@ class IntegerRunner(Runner):
             integer kernel; a processor that is not x86, or weights of 8 bits where no instruction adds products of 8 bits.
     """
 
-    def __init__(self, model, scheduler=None, steps=None, compiled=True):
+    def __init__(self, model: nn.Module, scheduler: Any = None, steps: int | None = None, compiled: bool = True):
         state = checked_state(model)
         if state.weights is None or state.activations is None:
             raise TDQError(
@@ -39,7 +40,7 @@ class IntegerRunner(Runner):
         super().__init__(model, scheduler, steps, compiled)
 
     @staticmethod
-    def make_layer(name, layer, activation):
+    def make_layer(name: str, layer: QuantizedLayer, activation: nn.Module | None) -> nn.Module:
         """An integer layer for a quantized one. TDQError: there is no kernel for it."""
         kind = {QuantizedConv2d: IntegerConv2d, QuantizedLinear: IntegerLinear}.get(type(layer))
         if kind is None or layer.split is not None or getattr(layer, "padding_mode", "zeros") != "zeros":
@@ -48,17 +49,17 @@ class IntegerRunner(Runner):
         return kind(layer, activation)
 
     @staticmethod
-    def load_layer(mine, layer):
+    def load_layer(mine: Any, layer: QuantizedLayer) -> None:
         """Give ``mine`` the weights of another quantized layer."""
         mine.load(layer)
 
 
-def to_integer(model, scheduler=None, steps=None, compiled=True):
+def to_integer(model: nn.Module, scheduler: Any = None, steps: int | None = None, compiled: bool = True) -> IntegerRunner:
     """An :class:`IntegerRunner` of ``model``, sampled like any model: ``sample(to_integer(model), scheduler, ...)``."""
     return IntegerRunner(model, scheduler, steps, compiled)
 
 
-def cpu_flags():
+def cpu_flags() -> set[str]:
     """Instruction sets of this processor, as Linux names them; empty where it does not say."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -93,7 +94,11 @@ class IntegerConv2d(nn.Module):
         packed: weights as the kernel wants them, one byte each. weight_step: of each output channel.
     """
 
-    def __init__(self, layer, quantizer):
+    weight_step: torch.Tensor
+    weight_zero: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(self, layer: QuantizedLayer, quantizer: Any):
         super().__init__()
         self.quantizer, self.geometry = quantizer, self.geometry_of(layer)
         for name in ("weight_step", "weight_zero", "bias"):
@@ -101,11 +106,11 @@ class IntegerConv2d(nn.Module):
         self.load(layer)
 
     @staticmethod
-    def geometry_of(layer):
+    def geometry_of(layer: Any) -> tuple[Any, ...]:
         """Strides, padding, dilation, groups."""
         return layer.stride, layer.padding, layer.dilation, layer.groups
 
-    def load(self, layer):
+    def load(self, layer: QuantizedLayer) -> None:
         """Take the weights of a frozen layer, as levels."""
         levels = layer.weight_levels()
         levels = levels if levels.dim() == 4 else levels[:, :, None, None]
@@ -114,7 +119,7 @@ class IntegerConv2d(nn.Module):
         self.bias = None if layer.bias is None else layer.bias.detach().clone()
         self.packed = torch.ops.onednn.qconv_prepack(levels, self.weight_step, 1.0, 0, *self.geometry, None)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Floats: what the simulated layer gives, but for the last bits of its sums."""
         q, s, zero = self.quantizer.levels(x)
         if s.numel() == 1:
@@ -125,7 +130,7 @@ class IntegerConv2d(nn.Module):
         out = (self.kernel(q, one, none, None) - zero * sums) * s
         return out if self.bias is None else out + self.bias.view(-1, 1, 1)
 
-    def kernel(self, q, s, zero, bias):
+    def kernel(self, q: torch.Tensor, s: torch.Tensor, zero: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """uint8 in, float32 out."""
         weight = self.packed, self.weight_step, self.weight_zero
         return torch.ops.onednn.qconv_pointwise.tensor(
@@ -140,11 +145,11 @@ class IntegerLinear(IntegerConv2d):
     """
 
     @staticmethod
-    def geometry_of(layer):
+    def geometry_of(layer: Any) -> tuple[Any, ...]:
         """Of a convolution over single pixels."""
         return [1, 1], [0, 0], [1, 1], 1
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Floats ``"batch ... out"`` for floats ``"batch ... in"``."""
         pixels = x.reshape(len(x), 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # channels last, as it lies in memory
         return super().forward(pixels).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)

@@ -7,26 +7,34 @@ import platform
 import tempfile
 import warnings
 from collections import Counter
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
+from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import nn
 
 from tdq_utils.errors import TDQError
 from tdq_utils.fit.layers import QuantizedConv2d, QuantizedLinear
 from tdq_utils.fit.quantize import checked_state, full_precision, quantized_layers
+from tdq_utils.method.step_sizes import TimeSteps, nearest
 from tdq_utils.run.integer import INT8_FLAGS, cpu_flags
 from tdq_utils.run.runtime import RowQuantizer, Runner
+
+if TYPE_CHECKING:
+    import pandas
 
 INTEGER = {"ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearConv", "QLinearMatMul"}
 FLOAT = {"Conv", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul"}  # as onnxruntime names its kernels
 
 
-def export_onnx(model, scheduler, steps, path, condition=None):
-    """Write a quantized model as an ONNX file with the inputs ``sample`` and ``timestep`` (a whole number, one for the batch).
+def export_onnx(
+    model: nn.Module, scheduler: Any, steps: int, path: str | Path, condition: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write a quantized model as an ONNX file with the inputs ``sample`` and ``timestep`` (one for
+    the batch; a whole number, or a float if any visited t is fractional).
 
     Each quantized layer has QuantizeLinear and DequantizeLinear nodes on its input, and a DequantizeLinear on its int8
     weights. Scale and zero point of the input are gathered from tables over the visited time steps, at the row that holds
@@ -55,9 +63,9 @@ def export_onnx(model, scheduler, steps, path, condition=None):
     _write(_Timed(runner.net, clock, list(runner.rows)), path, condition or {}, state.weights)
 
 
-def export_float(model, path, condition=None):
+def export_float(model: nn.Module, path: str | Path, condition: dict[str, torch.Tensor] | None = None) -> None:
     """Write a model in full precision, a quantized one as it was before, with the same inputs: what to time against."""
-    with full_precision(model) if hasattr(model, "quantization") else nullcontext():
+    with full_precision(model):
         _write(_Timed(copy.deepcopy(model)), path, condition or {})
 
 
@@ -84,7 +92,7 @@ def _write(net, path, condition, weights=32):
         log.setLevel(logging.ERROR)
         program = torch.onnx.export(
             net.eval().cpu(),
-            (torch.zeros(rows, *shape), torch.tensor(0)),
+            (torch.zeros(rows, *shape), torch.zeros((), dtype=net.timesteps.dtype)),
             kwargs={"condition": condition},
             input_names=["sample", "timestep", *condition],
             dynamic_shapes={"sample": batch, "timestep": {}, "condition": dict.fromkeys(condition, batch)},
@@ -93,8 +101,13 @@ def _write(net, path, condition, weights=32):
         )
     for node in program.model.graph:
         node.metadata_props.clear()  # where each came from: a third of the file, with paths of this machine
-    program.model.metadata_props.update(timesteps=" ".join(map(str, net.visited)), weights=str(weights))
+    program.model.metadata_props.update(timesteps=" ".join(map(repr, net.visited)), weights=str(weights))
     program.save(path)
+
+
+def _dtype(visited):
+    """Of the input that carries t."""
+    return torch.int64 if all(float(t).is_integer() for t in visited) else torch.float32
 
 
 class _Timed(nn.Module):
@@ -103,7 +116,7 @@ class _Timed(nn.Module):
     def __init__(self, net, clock=None, visited=()):
         super().__init__()
         self.net, self.config, self.clock, self.visited = net, net.config, clock, visited
-        self.register_buffer("timesteps", torch.tensor(visited, dtype=torch.int64))
+        self.register_buffer("timesteps", torch.tensor(visited, dtype=_dtype(visited)))
 
     def forward(self, sample, timestep, condition):
         if self.visited:
@@ -192,27 +205,29 @@ class OnnxModel(nn.Module):
             call, several t in a batch, or a t that the file has no interval for.
     """
 
-    def __init__(self, path, threads=None):
+    def __init__(self, path: str | Path, threads: int | None = None):
         super().__init__()
         self.session = _session(path, threads or torch.get_num_threads())
         (_, channels, *size), about = self.session.get_inputs()[0].shape, self.session.get_modelmeta().custom_metadata_map
         self.config = SimpleNamespace(in_channels=channels, sample_size=size)
-        self.visited = [int(t) for t in about["timesteps"].split()]
+        self.visited = sorted(float(t) for t in about["timesteps"].split())
+        self.dtype = _dtype(self.visited)
         self.device = nn.Parameter(torch.empty(0), requires_grad=False)  # samplers ask a parameter for it
         if about["weights"] == "8" and platform.machine().lower() in ("x86_64", "amd64") and not INT8_FLAGS & cpu_flags():
             raise TDQError("8-bit weights need 8-bit dot products; this processor names none. Quantize weights to 7 bits.")
 
-    def forward(self, sample, timestep, **condition):
+    def forward(self, sample: torch.Tensor, timestep: Any, **condition: torch.Tensor) -> SimpleNamespace:
         """An object whose ``sample`` is the output, float32."""
-        t = torch.as_tensor(timestep).unique().long()
-        if len(t) != 1 or (self.visited and int(t) not in self.visited):
-            raise TDQError(f"The file takes one t a call, one it was written for; got {t.tolist()[:3]}. Export with these steps.")
-        given = {"sample": sample, "timestep": t[0], **condition}
+        t, *others = TimeSteps(timestep, torch.as_tensor(timestep).numel()).values
+        if others:
+            raise TDQError(f"The file takes one t a call; got {t:g} and {others[0]:g}. Call it once for each.")
+        t = self.visited[nearest(self.visited, t)] if self.visited else t
+        given = {"sample": sample, "timestep": torch.tensor(t).to(self.dtype), **condition}
         (out,) = self.session.run(None, {name: np.ascontiguousarray(value.numpy()) for name, value in given.items()})
         return SimpleNamespace(sample=torch.from_numpy(out))
 
 
-def kernels(path):
+def kernels(path: str | Path) -> "pandas.DataFrame":
     """The kernels that onnxruntime multiplies with on this machine: those in the file's graph after all fusions.
 
     Returns:
@@ -226,12 +241,14 @@ def kernels(path):
         _session(path, 1, fused=f"{folder}/fused.onnx")
         nodes = _needed("onnx")[0].load(f"{folder}/fused.onnx").graph.node
     dequantized = {name for node in nodes if node.op_type == "DequantizeLinear" for name in node.output}
-    found = Counter()
+    found: Counter[tuple[str, str, str]] = Counter()
     for node in nodes:
         if node.op_type in INTEGER:
             found[node.op_type, "int8", "quantized"] += 1
         elif node.op_type in FLOAT:
             found[node.op_type, "float32", "quantized" if dequantized & set(node.input) else "full precision"] += 1
+    import pandas as pd
+
     return pd.DataFrame([(*key, n) for key, n in sorted(found.items())], columns=["kernel", "arithmetic", "layers", "count"])
 
 

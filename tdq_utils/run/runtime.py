@@ -1,17 +1,19 @@
 """A calibrated model ready to run: the intervals of all layers in one table, one row of it looked up by t at each call."""
 
 import copy
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from tdq_utils.denoiser.sampling import timesteps
 from tdq_utils.errors import TDQError
-from tdq_utils.fit.layers import SplitQuantizer
+from tdq_utils.fit.layers import QuantizedLayer, SplitQuantizer
 from tdq_utils.fit.quantize import activation_quantizers, frozen_step, full_precision, quantized_layers
 from tdq_utils.method.generator import StepGenerator
 from tdq_utils.method.grid import on_levels
-from tdq_utils.method.step_sizes import DynamicStep, StaticStep, TableStep
+from tdq_utils.method.step_sizes import DynamicStep, StaticStep, TableStep, TimeSteps, nearest
 
 
 class Compiled(nn.Module):
@@ -21,7 +23,7 @@ class Compiled(nn.Module):
         net: the model; it becomes a part of this one and is changed. compiled: or not, to compare.
     """
 
-    def __init__(self, net, compiled=True):
+    def __init__(self, net: Any, compiled: bool = True):
         super().__init__()
         self.net, self.config, self.compiled = net, net.config, compiled
         if compiled:
@@ -30,7 +32,7 @@ class Compiled(nn.Module):
                     layer.__class__ = ChannelwiseGroupNorm
             net.compile()
 
-    def forward(self, sample, timestep, **condition):
+    def forward(self, sample: torch.Tensor, timestep: Any, **condition: Any) -> Any:
         """The model's output."""
         timestep = torch.as_tensor(timestep, device=sample.device)  # a number would be compiled into the graph
         if self.compiled and sample.dim() == 4:  # every new stride is compiled anew, and one channel has strides of two formats
@@ -45,7 +47,7 @@ class ChannelwiseGroupNorm(nn.GroupNorm):
     quarter of the shipped model's time in integers.
     """
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalized, scaled and shifted, shaped as ``x``."""
         var, mean = torch.var_mean(x, dim=tuple(range(2, x.dim())), correction=0)
         means = mean.view(len(x), self.num_groups, -1)
@@ -76,22 +78,26 @@ class Runner(Compiled):
         TDQError: a model that is not quantized and calibrated, or calibrated per step at other steps.
     """
 
-    def __init__(self, model, scheduler=None, steps=None, compiled=True):
+    table: torch.Tensor
+    now: torch.Tensor
+
+    def __init__(self, model: nn.Module, scheduler: Any = None, steps: int | None = None, compiled: bool = True):
         visited = _frozen_for(model) if scheduler is None else timesteps(scheduler, steps)
         table = interval_table(model, visited)
         now = table[0].clone()
         super().__init__(_copy(model, now, self.make_layer), compiled)
-        self.rows, self._moves = {t: row for row, t in enumerate(visited)}, None  # whether it moves is not known yet
+        self.rows = {float(t): row for row, t in enumerate(visited)}
+        self._moves: bool | None = None  # not known yet
         self.register_buffer("table", table)
         self.register_buffer("now", now)
 
     @staticmethod
-    def make_layer(name, layer, activation):
+    def make_layer(name: str, layer: QuantizedLayer, activation: nn.Module | None) -> nn.Module:
         """The layer to run in place of a quantized one: here a copy, with ``activation`` in the place of its quantizer."""
         return _copy_layer(layer, activation)
 
     @torch.no_grad()
-    def load(self, model):
+    def load(self, model: nn.Module) -> None:
         """Take over the weights and intervals of another calibrated model of equal structure, without compiling again."""
         self.table.copy_(interval_table(model, list(self.rows)))
         self.now.copy_(self.table[0])
@@ -104,34 +110,31 @@ class Runner(Compiled):
                 mine[name].copy_(value)
 
     @staticmethod
-    def load_layer(mine, layer):
+    def load_layer(mine: Any, layer: QuantizedLayer) -> None:
         """Give ``mine``, which :meth:`make_layer` made, the weights of another quantized layer."""
         mine.rounded.copy_(layer.quantized_weight())
         if layer.bias is not None:
             mine.bias.copy_(layer.bias)
 
-    def forward(self, sample, timestep, **condition):
+    def forward(self, sample: torch.Tensor, timestep: Any, **condition: Any) -> Any:
         """The model's output. TDQError: several t in a batch, or a t that is not in the table."""
         if self.moves:
             self.now.copy_(self.row(torch.as_tensor(timestep)))
         return super().forward(sample, timestep, **condition)
 
     @property
-    def moves(self):
+    def moves(self) -> bool:
         """Whether any interval depends on t; if none does, nothing is looked up."""
         if self._moves is None:
             self._moves = not torch.equal(self.table, self.table[:1].expand_as(self.table))
         return self._moves
 
-    def row(self, timestep):
+    def row(self, timestep: torch.Tensor) -> torch.Tensor:
         """The row of the table, ``"value quantizer"``, of a call's time steps."""
-        t = timestep.flatten()
-        if bool((t == t[0]).all()) and int(t[0]) in self.rows:
-            return self.table[self.rows[int(t[0])]]
-        raise TDQError(
-            f"A runner takes one t a call, one of the {len(self.rows)} it was built for; got t = {t.unique().tolist()[:3]}. "
-            "Build it with the number of steps to sample, or call the frozen model itself."
-        )
+        (t, *others), known = TimeSteps(timestep, timestep.numel()).values, sorted(self.rows)
+        if others:
+            raise TDQError(f"A runner takes one t a call; got {t:g} and {others[0]:g}. Call the frozen model itself.")
+        return self.table[self.rows[t if t in self.rows else known[nearest(known, t)]]]
 
 
 def _frozen_for(model):
@@ -142,7 +145,7 @@ def _frozen_for(model):
     return next((step.t.tolist() for step in steps if isinstance(step, TableStep)), [0])
 
 
-def interval_table(model, visited):
+def interval_table(model: nn.Module, visited: Sequence[float]) -> torch.Tensor:
     """What every activation quantizer of a calibrated model needs at the time steps ``visited``.
 
     Returns:
@@ -161,7 +164,10 @@ def _column(quantizer, visited):
     step, half = frozen_step(quantizer.step, visited), 2.0 ** (quantizer.bits - 1)
     if isinstance(step, DynamicStep):
         return torch.tensor([1.0, -half, half - 1]).expand(len(visited), 3)
-    s = step.s.expand(len(visited)) if isinstance(step, StaticStep) else step.s[torch.searchsorted(step.t, torch.tensor(visited))]
+    if isinstance(step, StaticStep):
+        s = step.s.expand(len(visited))
+    else:
+        s = step.s[torch.searchsorted(step.t, torch.tensor(visited, dtype=torch.float64, device=step.t.device))]
     zero = quantizer.grid.zero(s)
     return torch.stack([s, quantizer.grid.q_min - zero, quantizer.grid.q_max - zero], dim=1)
 
@@ -173,19 +179,19 @@ class RowQuantizer(nn.Module):
         now: ``"value quantizer"``, the row in use. column: of this quantizer.
     """
 
-    def __init__(self, now, column):
+    def __init__(self, now: torch.Tensor, column: int):
         super().__init__()
         self.now, self.column = now, column
 
-    def interval(self, x):
+    def interval(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Step size, least and greatest level, counted from the value 0; they broadcast to ``x``."""
         return self.now[:, self.column].unbind()
 
-    def forward(self, x, t=None):
+    def forward(self, x: torch.Tensor, t: TimeSteps | None = None) -> torch.Tensor:
         """Levels times step size, shaped as ``x``."""
         return on_levels(x, *self.interval(x))
 
-    def levels(self, x):
+    def levels(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """``(q, s, zero)``: levels from 0, uint8, shaped as ``x``; step size; level of the value 0, int32."""
         s, least, greatest = self.interval(x)
         q = torch.clamp(torch.round(x * (1.0 / s)), least, greatest) - least
@@ -199,11 +205,11 @@ class RangeQuantizer(RowQuantizer):
         step: :class:`tdq_utils.method.step_sizes.DynamicStep`.
     """
 
-    def __init__(self, now, column, step):
+    def __init__(self, now: torch.Tensor, column: int, step: DynamicStep):
         super().__init__(now, column)
         self.step = step
 
-    def interval(self, x):
+    def interval(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Step size, least and greatest level of each sample, or of all."""
         _, below, above = self.now[:, self.column].unbind()
         return self.step.interval(x, below, above)

@@ -21,9 +21,11 @@ def noise(seeds, shape):
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds])
 
 
-def timesteps(scheduler, steps):
-    """The time steps that a scheduler visits in ``steps`` steps, descending ints. TDQError: steps out of range."""
+def timesteps(scheduler, steps=None):
+    """The time steps that a scheduler visits in ``steps`` steps, descending ints; default: all. TDQError: steps out of range."""
     limit = scheduler.config.num_train_timesteps
+    if steps is None:
+        return list(range(limit))[::-1]
     if not 1 <= steps <= limit:
         raise TDQError(f"steps must be from 1 to {limit}; got {steps}.")
     scheduler = type(scheduler).from_config(scheduler.config)

@@ -174,33 +174,27 @@ QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
 }
 PLAIN = {quantized: plain for plain, quantized in QUANTIZED.items()}
 BUFFERS = ("weight_step", "levels", "rounded")
+ADDED = ("weight_grid", "split", "activation", *BUFFERS)
 
 
-def additions(
-    grid: Grid | None,
-    weight_step: torch.Tensor | None,
-    activation: nn.Module | None,
-    split: int | None = None,
-) -> dict[str, Any]:
-    """What :func:`attach` gives a layer that has not been quantized before."""
-    return dict(weight_grid=grid, split=split, activation=activation, weight_step=weight_step, levels=None, rounded=None)
+def attach(layer: nn.Module, **added: Any) -> None:
+    """Make a plain layer a quantized one, in place: its class changes, its parameters, hooks and identity stay.
 
-
-def attach(layer: nn.Module, added: dict[str, Any]) -> None:
-    """Make a plain layer a quantized one, in place: its class changes, its parameters, hooks and identity stay."""
+    ``added``: attributes of :class:`QuantizedLayer`, by name; those that are not named are ``None``.
+    """
     plain = type(layer)
     layer.__class__ = QUANTIZED[plain]
     _redirect(layer, plain, QUANTIZED[plain])
-    for name, value in added.items():
-        if name in BUFFERS and not isinstance(value, nn.Parameter):
-            layer.register_buffer(name, value)
+    for name in ADDED:
+        if name in BUFFERS and not isinstance(added.get(name), nn.Parameter):
+            layer.register_buffer(name, added.get(name))
         else:
-            setattr(layer, name, value)
+            setattr(layer, name, added.get(name))
 
 
 def detach(layer: nn.Module) -> dict[str, Any]:
     """The inverse of :func:`attach`; returns what it was given, as it is by now."""
-    added = {name: getattr(layer, name) for name in ("weight_grid", "split", "activation", *BUFFERS)}
+    added = {name: getattr(layer, name) for name in ADDED}
     for name in added:
         delattr(layer, name)
     quantized, plain = type(layer), PLAIN[type(layer)]

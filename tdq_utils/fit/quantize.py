@@ -15,9 +15,8 @@ from tdq_utils.errors import TDQError
 from tdq_utils.fit import layers
 from tdq_utils.fit.choice import LAYERS, chosen_layers, skip_splits
 from tdq_utils.fit.layers import ActivationQuantizer, QuantizedLayer, SplitQuantizer
-from tdq_utils.method.generator import StepGenerator
 from tdq_utils.method.grid import Grid
-from tdq_utils.method.step_sizes import DynamicStep, LearnedStep, StaticStep, StepSize, TableStep
+from tdq_utils.method.step_sizes import DynamicStep, StaticStep, StepSize, TableStep
 
 CALIBRATED = ("minmax", "momentum", "percentile", "mse", "ptq4dm", "learned", "table", "tdq")
 DYNAMIC = {"dynamic": "tensor", "dynamic-sample": "sample"}
@@ -54,16 +53,9 @@ class Quantization:
     before: dict[str, torch.Tensor] | None = field(default=None, repr=False)
 
 
-def quantize(
-    model: Any,
-    weights: int | None = 8,
-    activations: int | None = 8,
-    method: str = "tdq",
-    keep: str | Iterable[str] | None = None,
-    weights_per: str = "channel",
-    split_skips: bool = False,
-    search: bool = True,
-) -> None:
+def quantize(model: Any, weights: int | None = 8, activations: int | None = 8, method: str = "tdq",
+             keep: str | Iterable[str] | None = None, weights_per: str = "channel", split_skips: bool = False,
+             search: bool = True) -> None:  # fmt: skip
     """Make the model's conv and linear layers quantized ones, in place.
 
     The layers stay the same modules with the same parameters, which are not touched; :func:`restore` takes the quantizers
@@ -107,7 +99,8 @@ def quantize(
                 rows = len(layer.weight) if weights_per == "channel" else 1
                 blank = torch.ones(rows if split is None else (2, rows))
                 step = layers.search_weight_step(layer.weight, grid, weights_per, split) if search else blank
-        added[name] = layers.additions(grid, step, _new_quantizer(layer, activations, method, split), split)
+        quantizer = _new_quantizer(layer, activations, method, split)
+        added[name] = dict(weight_grid=grid, weight_step=step, activation=quantizer, split=split)
     found = {name: (parameter.requires_grad, parameter.grad) for name, parameter in model.named_parameters()}
     model.quantization = Quantization(weights, activations, method, weights_per, kept, split_skips, list(chosen), found=found)
     _put_on(model, added)
@@ -125,7 +118,7 @@ def _put_on(model, added):
     state = model.quantization
     for name, parts in added.items():
         layer = model.get_submodule(name)
-        layers.attach(layer, parts)
+        layers.attach(layer, **parts)
         layer.train(layer.training)
     state.handles = [*follow(model), model.register_forward_pre_hook(_check_path)]
 
@@ -249,10 +242,7 @@ def freeze(model: nn.Module, scheduler: Any = None, steps: int | None = None, ne
         TDQError: not quantized, not calibrated, or calibrated per step at other steps.
     """
     state = checked_state(model)
-    if scheduler is None:
-        visited = state.visited
-    else:
-        visited = list(range(scheduler.config.num_train_timesteps)) if steps is None else timesteps(scheduler, steps)
+    visited = state.visited if scheduler is None else timesteps(scheduler, steps)
     quantizers = activation_quantizers(model)
     frozen = {name: frozen_step(quantizer.step, visited, nearest) for name, quantizer in quantizers.items()}
     for name, quantizer in quantizers.items():
@@ -273,15 +263,6 @@ def frozen_step(step: StepSize | None, visited: list[float], nearest: bool = Fal
     """What :func:`freeze` puts in the place of one step source: a constant, a table over ``visited``, or itself (dynamic)."""
     if step is None:
         raise TDQError("freeze takes a calibrated model; call calibrate(model, scheduler, ...) first.")
-    if isinstance(step, StepGenerator):
-        return step.freeze(visited)
-    if isinstance(step, LearnedStep):
-        return StaticStep(step.s.detach())
-    if isinstance(step, TableStep) and nearest:
-        return TableStep(visited, [step.s[(step.t - t).abs().argmin()] for t in visited])
-    if isinstance(step, TableStep) and (missing := set(visited) - set(step.t.tolist())):
-        raise TDQError(
-            f"A table can be frozen only for the steps it was calibrated for; {len(missing)} of {len(visited)} time steps "
-            f"are missing, t = {min(missing):g} among them. Calibrate with these steps, pass nearest=True, or use method='tdq'."
-        )
-    return step
+    if isinstance(step, DynamicStep):
+        return step
+    return TableStep(visited, step.on(visited, nearest)) if step.over_time else StaticStep(step.on([0])[0])

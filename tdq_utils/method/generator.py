@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tdq_utils.errors import TDQError
-from tdq_utils.method.step_sizes import StepSize, TableStep
+from tdq_utils.method.step_sizes import StepSize
 
 
 class FourierFeatures(nn.Module):
@@ -108,13 +108,13 @@ class StepGenerator(StepSize):
         return t.spread(self.at(self._tensor(t.values)) if self.training else self._each(t.values))
 
     @torch.no_grad()
-    def freeze(self, t):
-        """The table of s(t) at whole-number time steps ``t``: what inference looks up instead of running this."""
+    def on(self, t, nearest=False):
+        """s(t) at time steps ``t``, ``"t"``: what inference looks up instead of running this."""
         training = self.training
         self.eval()
         s = self._each(t)
         self.train(training)
-        return TableStep(t, s)
+        return s
 
     def _each(self, t):
         # One t at a time: the sums of a batched product depend on the batch, and a frozen table

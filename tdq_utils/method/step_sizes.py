@@ -59,6 +59,10 @@ class StepSize(nn.Module):
         """Keyword arguments that rebuild this source, less its tensors; JSON-able."""
         return {}
 
+    def on(self, t: Sequence[float], nearest: bool = False) -> torch.Tensor:
+        """The step sizes at time steps ``t``, ``"t"``, as they are in any batch; ``nearest``: a table may answer for others."""
+        return self.s.detach().expand(len(t))
+
 
 class StaticStep(StepSize):
     """A constant, measured by calibration."""
@@ -153,6 +157,15 @@ class TableStep(StepSize):
         """``s`` at each sample's t; one value if they share it. TDQError: a t not in the table."""
         # By whole numbers, so by views: nothing is copied to a device, or waited for.
         return t.spread([self.s[self._row(value)] for value in t.values])
+
+    def on(self, t: Sequence[float], nearest: bool = False) -> torch.Tensor:
+        """The entries at ``t``. TDQError: one is missing, and the ``nearest`` was not asked for."""
+        if not nearest and (missing := set(t) - set(self.t.tolist())):
+            raise TDQError(
+                f"A table can be frozen only for the steps it was calibrated for; {len(missing)} of {len(t)} time steps are "
+                f"missing, t = {min(missing):g} among them. Calibrate with these steps, pass nearest=True, or use method='tdq'."
+            )
+        return torch.stack([self.s[(self.t - value).abs().argmin()] for value in t])
 
     def _row(self, value: float) -> int:
         if value not in self._rows:  # derived from the buffer, so a loaded table needs no other state

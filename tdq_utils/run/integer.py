@@ -54,9 +54,7 @@ class IntegerRunner(Runner):
         mine.load(layer)
 
 
-def to_integer(model: nn.Module, scheduler: Any = None, steps: int | None = None, compiled: bool = True) -> IntegerRunner:
-    """An :class:`IntegerRunner` of ``model``, sampled like any model: ``sample(to_integer(model), scheduler, ...)``."""
-    return IntegerRunner(model, scheduler, steps, compiled)
+to_integer = IntegerRunner  # sampled like any model: sample(to_integer(model), scheduler, ...)
 
 
 def cpu_flags() -> set[str]:

@@ -10,10 +10,10 @@ from torch import nn
 from tdq_utils.denoiser.sampling import timesteps
 from tdq_utils.errors import TDQError
 from tdq_utils.fit.layers import QuantizedLayer, SplitQuantizer
-from tdq_utils.fit.quantize import activation_quantizers, frozen_step, full_precision, quantized_layers
+from tdq_utils.fit.quantize import activation_quantizers, quantized_layers
 from tdq_utils.method.generator import StepGenerator
 from tdq_utils.method.grid import on_levels
-from tdq_utils.method.step_sizes import DynamicStep, StaticStep, TableStep, TimeSteps, nearest
+from tdq_utils.method.step_sizes import DynamicStep, TableStep, TimeSteps, nearest
 
 
 class Compiled(nn.Module):
@@ -93,8 +93,9 @@ class Runner(Compiled):
 
     @staticmethod
     def make_layer(name: str, layer: QuantizedLayer, activation: nn.Module | None) -> nn.Module:
-        """The layer to run in place of a quantized one: here a copy, with ``activation`` in the place of its quantizer."""
-        return _copy_layer(layer, activation)
+        """The layer to run in place of a quantized one, which is a copy: here itself, with ``activation`` for its quantizer."""
+        layer.rounded, layer.activation = layer.quantized_weight().detach().clone(), activation
+        return layer
 
     @torch.no_grad()
     def load(self, model: nn.Module) -> None:
@@ -161,13 +162,12 @@ def interval_table(model: nn.Module, visited: Sequence[float]) -> torch.Tensor:
 
 
 def _column(quantizer, visited):
-    step, half = frozen_step(quantizer.step, visited), 2.0 ** (quantizer.bits - 1)
-    if isinstance(step, DynamicStep):
+    if isinstance(quantizer.step, DynamicStep):
+        half = 2.0 ** (quantizer.bits - 1)
         return torch.tensor([1.0, -half, half - 1]).expand(len(visited), 3)
-    if isinstance(step, StaticStep):
-        s = step.s.expand(len(visited))
-    else:
-        s = step.s[torch.searchsorted(step.t, torch.tensor(visited, dtype=torch.float64, device=step.t.device))]
+    if quantizer.step is None:
+        raise TDQError("A runner takes a calibrated model; call calibrate(model, scheduler, ...) first.")
+    s = quantizer.step.on(visited)
     zero = quantizer.grid.zero(s)
     return torch.stack([s, quantizer.grid.q_min - zero, quantizer.grid.q_max - zero], dim=1)
 
@@ -199,11 +199,7 @@ class RowQuantizer(nn.Module):
 
 
 class RangeQuantizer(RowQuantizer):
-    """Fake-quantizes with the min-max interval of the input at hand.
-
-    Args:
-        step: :class:`tdq_utils.method.step_sizes.DynamicStep`.
-    """
+    """Fake-quantizes with the min-max interval of the input at hand, as ``step`` finds it."""
 
     def __init__(self, now: torch.Tensor, column: int, step: DynamicStep):
         super().__init__(now, column)
@@ -217,32 +213,16 @@ class RangeQuantizer(RowQuantizer):
 
 def _copy(model, now, make_layer):
     """A copy of the model that is not quantized, with layers made by ``make_layer`` whose quantizers read ``now``."""
-    readers = {}
-    for column, quantizer in enumerate(activation_quantizers(model).values()):
+    net, readers = copy.deepcopy(model), {}
+    for column, quantizer in enumerate(activation_quantizers(net).values()):
         dynamic = isinstance(quantizer.step, DynamicStep)
         readers[quantizer] = RangeQuantizer(now, column, quantizer.step) if dynamic else RowQuantizer(now, column)
-    layers = {}
-    for name, layer in quantized_layers(model).items():
+    for name, layer in quantized_layers(net).items():
         activation = readers.get(layer.activation)
         if isinstance(layer.activation, SplitQuantizer):
             activation = SplitQuantizer(layer.activation.at, [readers[half] for half in layer.activation.halves])
-        layers[name] = make_layer(name, layer, activation)
-    with full_precision(model):
-        spare = {id(layer): nn.Identity() for layer in quantized_layers(model).values()}  # their weights are not copied
-        net = copy.deepcopy(model, spare)
+        net.set_submodule(name, make_layer(name, layer, activation))
+    for handle in net.quantization.handles:
+        handle.remove()
     del net.quantization
-    for name, layer in layers.items():
-        net.set_submodule(name, layer)
     return net
-
-
-def _copy_layer(layer, activation):
-    """A quantized layer that shares nothing that changes: its rounded weights and its bias are its own."""
-    copied = copy.copy(layer)
-    for key, value in layer.__dict__.items():
-        if isinstance(value, dict):  # parameters, buffers, hooks
-            copied.__dict__[key] = copy.copy(value)
-    copied.rounded, copied.activation = layer.quantized_weight().detach().clone(), activation
-    if layer.bias is not None:
-        copied.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
-    return copied

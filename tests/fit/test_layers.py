@@ -6,7 +6,7 @@ from torch import nn
 
 from tdq_utils import quantize
 from tdq_utils.errors import TDQError
-from tdq_utils.fit.layers import ActivationQuantizer, additions, attach, detach, search_weight_step
+from tdq_utils.fit.layers import ActivationQuantizer, attach, detach, search_weight_step
 from tdq_utils.method.grid import Grid, fake_quantize
 from tdq_utils.method.step_sizes import StaticStep
 
@@ -28,7 +28,7 @@ def test_a_quantized_layer_is_the_layer_on_quantized_input_and_weights(make, sha
     before, weight = parts(), layer.weight
     step = search_weight_step(weight, Grid(4), weights_per)
     assert step.shape == ((4,) if weights_per == "channel" else (1,))
-    attach(layer, additions(Grid(4), step, ActivationQuantizer(5, Grid(5), StaticStep(0.1))))
+    attach(layer, weight_grid=Grid(4), weight_step=step, activation=ActivationQuantizer(5, Grid(5), StaticStep(0.1)))
     assert layer.weight is weight
     output = layer(x)
 

@@ -9,7 +9,7 @@ import torch
 from tdq_utils.errors import TDQError
 from tdq_utils.method.generator import FourierFeatures, RawTime, StepGenerator
 from tdq_utils.method.grid import Grid, fake_quantize
-from tdq_utils.method.step_sizes import TimeSteps
+from tdq_utils.method.step_sizes import TableStep, TimeSteps
 
 ALL_T = torch.arange(1000)
 
@@ -66,7 +66,7 @@ def test_a_learned_factor_changes_nothing_until_it_learns():
     generator.log_scale.data.fill_(math.log(2))
     generator.learn_scale()  # it has one, and keeps it
     torch.testing.assert_close(generator.at(t), 2 * before)
-    torch.testing.assert_close(generator.freeze([0, 37]).s, 2 * before[:2])
+    torch.testing.assert_close(generator.on([0, 37]), 2 * before[:2])
     generator.at(t).log().mean().backward()
     assert generator.log_scale.grad == 1
     assert StepGenerator(**{"scaled": True}).settings()["scaled"] and "scaled" not in StepGenerator().settings()
@@ -92,7 +92,7 @@ def test_frozen_is_exactly_the_generator():
     """In any batch: t shared, mixed, or repeated."""
     generator = StepGenerator(0.3).eval()
     generator.mlp[-1].weight.data *= 100  # s(t) far from constant, as after a fit
-    table = generator.freeze(list(range(0, 1000, 37)))
+    table = TableStep(range(0, 1000, 37), generator.on(range(0, 1000, 37)))
     assert len(table.s.unique()) == len(table.s) == 28
     for t in (37, torch.tensor([0, 999, 37]), torch.tensor([74, 74, 0, 999, 74, 111, 148])):
         steps = TimeSteps(t, torch.as_tensor(t).numel())
@@ -101,5 +101,5 @@ def test_frozen_is_exactly_the_generator():
 
 def test_freezing_ignores_and_keeps_the_training_mode():
     generator = StepGenerator(0.3).train()
-    assert torch.equal(generator.freeze([5, 6]).s, generator.freeze([5, 6]).s)
+    assert torch.equal(generator.on([5, 6]), generator.on([5, 6]))
     assert generator.training

@@ -148,11 +148,11 @@ def test_worst_case_sums_do_not_saturate():
         def levels(self, x):
             return torch.full_like(x, 255, dtype=torch.uint8), torch.tensor(1.0), torch.tensor(0, dtype=torch.int32)
 
-    from tdq_utils.fit.layers import additions, attach
+    from tdq_utils.fit.layers import attach
     from tdq_utils.method.grid import Grid
 
     conv = nn.Conv2d(64, 16, 3, bias=False).requires_grad_(False)
     conv.weight.fill_(127.0)
-    attach(conv, additions(Grid(8), torch.ones(16), None))
+    attach(conv, weight_grid=Grid(8), weight_step=torch.ones(16))
     out = IntegerConv2d(conv, AllHigh())(torch.zeros(1, 64, 3, 3))
     assert (out == 255 * 127 * 64 * 9).all()

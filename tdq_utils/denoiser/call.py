@@ -65,6 +65,11 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device(offloaded) if offloaded is not None else next(model.parameters()).device
 
 
+def prediction(output: Any) -> torch.Tensor:
+    """The tensor that a denoiser predicts, from what it returned: an object with ``sample``, a tuple, or the tensor itself."""
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
 def follow(model: nn.Module) -> list[RemovableHandle]:
     """Let :func:`now` know the time steps of the model's calls, until the handles are removed."""
     return [

@@ -3,10 +3,10 @@
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
-from diffusers.utils.logging import disable_progress_bar
+from torch import nn
 
 from tdq_utils.errors import DataError
 
@@ -15,7 +15,7 @@ DATA = Path(os.environ.get("TDQ_DATA", Path(__file__).resolve().parents[2] / "da
 CATALOGUE = {"fashion-mnist": DATA / "models" / "fashion-mnist"}
 
 
-def load_model(name="fashion-mnist", device=None):
+def load_model(name: str | Path = "fashion-mnist", device: str | torch.device | None = None) -> tuple[nn.Module, Any]:
     """Load a time-step-conditioned denoiser and a DDIM scheduler for it.
 
     Args:
@@ -30,6 +30,8 @@ def load_model(name="fashion-mnist", device=None):
     Raises:
         DataError: unknown name, a folder without a pipeline, or no network.
     """
+    from diffusers import DDIMScheduler  # slow to import
+
     source = CATALOGUE.get(str(name), Path(name))
     if not source.is_dir() and (str(name) in CATALOGUE or len(Path(name).parts) != 2 or Path(name).is_absolute()):
         raise DataError(
@@ -46,6 +48,9 @@ def load_model(name="fashion-mnist", device=None):
 
 
 def _load_pipeline(source):
+    from diffusers import DiffusionPipeline
+    from diffusers.utils.logging import disable_progress_bar
+
     disable_progress_bar()  # a bar for two files says nothing, and notebooks would store it
     try:
         return DiffusionPipeline.from_pretrained(source, local_files_only=isinstance(source, Path))
@@ -59,7 +64,7 @@ def _load_pipeline(source):
         ) from error
 
 
-def fingerprint(model):
+def fingerprint(model: nn.Module) -> str:
     """Twelve hex digits that tell models apart: a hash of the weights. Of a quantized model, take it in full precision."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):

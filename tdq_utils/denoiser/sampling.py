@@ -1,16 +1,18 @@
 """Noise from seeds, and the deterministic sampler with a callback."""
 
 import inspect
-from numbers import Integral
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from tdq_utils.denoiser.call import device_of
+from tdq_utils.denoiser.call import device_of, prediction
 from tdq_utils.errors import TDQError
 
 
-def noise(seeds, shape):
+def noise(seeds: Iterable[int], shape: Sequence[int]) -> torch.Tensor:
     """Standard normal noise; entry i depends on ``seeds[i]`` alone.
 
     Drawn on the CPU, because the bits of a GPU's generator differ from device to device.
@@ -21,27 +23,33 @@ def noise(seeds, shape):
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds])
 
 
-def timesteps(scheduler, steps=None):
-    """The time steps that a scheduler visits in ``steps`` steps, descending ints; default: all. TDQError: steps out of range."""
+def timesteps(scheduler: Any, steps: int | None = None) -> list[Any]:
+    """The time steps that a scheduler visits in ``steps`` steps, descending; default: all. TDQError: steps out of range."""
     limit = scheduler.config.num_train_timesteps
     if steps is None:
         return list(range(limit))[::-1]
-    if not 1 <= steps <= limit:
-        raise TDQError(f"steps must be from 1 to {limit}; got {steps}.")
+    if isinstance(steps, float) or not 1 <= steps <= limit:
+        raise TDQError(f"steps must be a whole number from 1 to {limit}; got {steps}.")
     scheduler = type(scheduler).from_config(scheduler.config)
     scheduler.set_timesteps(steps)
-    return [int(t) for t in scheduler.timesteps]
+    return [int(t) if float(t).is_integer() else float(t) for t in scheduler.timesteps]
 
 
-def checked_seeds(seeds):
-    """``seeds`` as a non-empty list of ints; a single int is a list of one. TDQError: none given."""
-    seeds = [int(seeds)] if isinstance(seeds, Integral) else [int(seed) for seed in seeds]
-    if not seeds:
-        raise TDQError("seeds must name at least one image; got an empty range. Pass for example range(16).")
-    return seeds
+def checked_seeds(seeds: int | Iterable[int]) -> list[int]:
+    """``seeds`` as a non-empty list of ints; a single int is a list of one. TDQError: none given, or no whole numbers."""
+    try:
+        found = [operator.index(seed) for seed in (seeds if isinstance(seeds, Iterable) else [seeds])]
+    except TypeError:
+        raise TDQError(f"seeds must be whole numbers, one an image; got {seeds!r}. Pass for example range(16).") from None
+    if not found or min(found) < 0:
+        got = f"{min(found)}" if found else "an empty range"
+        raise TDQError(f"seeds must name at least one image, by numbers from 0; got {got}. Pass for example range(16).")
+    return found
 
 
-def sample(model, scheduler, seeds=range(64), steps=50, batch_size=16, callback=None, condition=None, progress=True, pad=True):
+def sample(model: Any, scheduler: Any, seeds: int | Iterable[int] = range(64), steps: int = 50, batch_size: int = 16,
+           callback: Callable[[dict[str, Any]], Any] | None = None, condition: dict[str, torch.Tensor] | None = None,
+           progress: bool = True, pad: bool = True) -> torch.Tensor:  # fmt: skip
     """Generate one image per seed with DDIM (Song et al. 2021, eta = 0).
 
     Every batch is filled up to ``batch_size``, because the last bits of a convolution depend on the size of its
@@ -65,18 +73,22 @@ def sample(model, scheduler, seeds=range(64), steps=50, batch_size=16, callback=
         Images ``"seed channel height width"`` float32 on the CPU, in [-1, 1] for models of images.
 
     Raises:
-        TDQError: no seeds, a step count out of range, an uncalibrated or wrongly frozen model.
+        TDQError: no seeds, a step count out of range, a model in training mode, or uncalibrated, or wrongly frozen.
     """
-    how = dict(callback=callback, condition=condition, progress=progress, pad=pad)
+    how: dict[str, Any] = dict(callback=callback, condition=condition, progress=progress, pad=pad)
     return torch.cat(list(sample_batches(model, scheduler, seeds, steps, batch_size, **how)))
 
 
 @torch.no_grad()
-def sample_batches(model, scheduler, seeds, steps=50, batch_size=16, callback=None, condition=None, progress=True, pad=True):
+def sample_batches(model: Any, scheduler: Any, seeds: int | Iterable[int], steps: int = 50, batch_size: int = 16,
+                   callback: Callable[[dict[str, Any]], Any] | None = None, condition: dict[str, torch.Tensor] | None = None,
+                   progress: bool = True, pad: bool = True) -> Iterator[torch.Tensor]:  # fmt: skip
     """:func:`sample`, a batch at a time: yields images, so that any number of them needs the memory of one batch."""
     seeds = checked_seeds(seeds)
     if batch_size < 1:
         raise TDQError(f"batch_size must be at least 1; got {batch_size}.")
+    if getattr(model, "training", False):
+        raise TDQError("Sampling takes a model in eval mode; this one is in training mode. Call model.eval().")
     condition = condition or {}
     if wrong := {k: len(v) for k, v in condition.items() if len(v) != len(seeds)}:
         raise TDQError(f"condition must have one row for each of the {len(seeds)} seeds; got {wrong}.")
@@ -101,7 +113,7 @@ def _trajectory(model, scheduler, x_t, steps, condition, callback, seeds, bar):
     x_t = x_t.to(device, memory_format=torch.channels_last) * scheduler.init_noise_sigma
     for step, t in enumerate(scheduler.timesteps):
         one_t_a_sample = t.to(device).expand(len(x_t))  # DiT takes no single t
-        eps = model(scheduler.scale_model_input(x_t, t), one_t_a_sample, **condition).sample
+        eps = prediction(model(scheduler.scale_model_input(x_t, t), one_t_a_sample, **condition))
         if eps.shape[1] == 2 * x_t.shape[1]:  # models that also predict a variance
             eps = eps.chunk(2, dim=1)[0]
         x_prev = scheduler.step(eps, t, x_t, **eta).prev_sample

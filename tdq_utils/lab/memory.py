@@ -36,7 +36,7 @@ def stored_bytes(model, packed=True):
     """Bytes on disk of everything that the quantized layers need for their weights, biases apart."""
     with TemporaryDirectory() as folder:
         save_quantized(model, folder, packed=packed)
-        with safe_open(Path(folder) / "model.safetensors", "pt") as file:
+        with safe_open(next(Path(folder).glob("*.safetensors")), "pt") as file:
             names = [
                 f"{name}.{part}" for name in quantized_layers(model) for part in ("weight", "packed", "levels", "weight_step")
             ]

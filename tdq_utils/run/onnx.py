@@ -212,6 +212,7 @@ class OnnxModel(nn.Module):
         self.config = SimpleNamespace(in_channels=channels, sample_size=size)
         self.visited = sorted(float(t) for t in about["timesteps"].split())
         self.dtype = _dtype(self.visited)
+        self.eval()
         self.device = nn.Parameter(torch.empty(0), requires_grad=False)  # samplers ask a parameter for it
         if about["weights"] == "8" and platform.machine().lower() in ("x86_64", "amd64") and not INT8_FLAGS & cpu_flags():
             raise TDQError("8-bit weights need 8-bit dot products; this processor names none. Quantize weights to 7 bits.")

@@ -26,6 +26,7 @@ class Compiled(nn.Module):
     def __init__(self, net: Any, compiled: bool = True):
         super().__init__()
         self.net, self.config, self.compiled = net, net.config, compiled
+        self.train(net.training)
         if compiled:
             for layer in net.modules():
                 if type(layer) is nn.GroupNorm:

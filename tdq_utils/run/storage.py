@@ -3,11 +3,12 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
-import diffusers
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
+from torch import nn
 
 from tdq_utils.errors import DataError, TDQError
 from tdq_utils.fit.quantize import activation_quantizers, checked_state, quantize, quantized_layers, round_weights
@@ -19,12 +20,14 @@ FORMAT = 1
 KINDS = {kind.__name__: kind for kind in (StaticStep, LearnedStep, DynamicStep, TableStep, StepGenerator)}
 
 
-def save_quantized(model, folder, packed=False):
+def save_quantized(model: Any, folder: str | Path, packed: bool = False) -> None:
     """Write a quantized model, calibrated or not, frozen or not, so that it round-trips exactly.
+
+    A model that the folder holds already stays whole until the new one is: the JSON names its tensors and is replaced last.
 
     Args:
         model: quantized in place by :func:`tdq_utils.fit.quantize.quantize`.
-        folder: gets ``quantization.json`` and ``model.safetensors``.
+        folder: gets ``quantization.json`` and ``model-....safetensors``.
         packed: keep of the quantized weights only their levels: one byte each, or two in a byte from 4 bits down. The model
             that comes back gives the same outputs; the weights before rounding are gone.
 
@@ -36,7 +39,7 @@ def save_quantized(model, folder, packed=False):
         raise TDQError("packed needs weights on a grid; this model's are in full precision. Quantize them, or pass packed=False.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = dict(
+    settings: dict[str, Any] = dict(
         format=FORMAT,
         model=type(model).__name__,
         config={k: v for k, v in model.config.items() if not k.startswith("_")},
@@ -44,7 +47,8 @@ def save_quantized(model, folder, packed=False):
         activations=state.activations,
         method=state.method,
         weights_per=state.weights_per,
-        keep=list(state.kept),
+        keep=state.kept,
+        visited=state.visited,
         frozen=state.frozen,
         # Convolutions in another memory format sum in another order.
         channels_last=any(p.dim() == 4 and not p.is_contiguous() for p in model.parameters()),
@@ -52,19 +56,25 @@ def save_quantized(model, folder, packed=False):
         packed=packed,
         layers={name: _describe(quantizer) for name, quantizer in activation_quantizers(model).items()},
     )
-    # Rounded weights of a frozen model follow from the weights and their steps: not stored twice.
-    tensors = {k: v.contiguous() for k, v in model.state_dict().items() if not k.endswith(".rounded")}
+    # Rounded weights of a frozen model follow from the weights and their steps: not stored twice. Tied ones are stored twice.
+    tensors = {k: v.detach().clone().contiguous() for k, v in model.state_dict().items() if not k.endswith(".rounded")}
     if packed:
         for name, layer in quantized_layers(model).items():
             del tensors[f"{name}.weight"]
             tensors.pop(f"{name}.levels", None)
-            tensors[f"{name}.packed"] = pack(layer.weight_levels(), state.weights)
-    save_file(tensors, folder / "model.safetensors")
-    settings["sha256"] = _sha256(folder / "model.safetensors")
-    (folder / "quantization.json").write_text(json.dumps(settings, indent=1) + "\n")
+            tensors[f"{name}.packed"] = pack(layer.weight_levels(), state.weights or 8)
+    data = save(tensors)
+    settings["sha256"] = hashlib.sha256(data).hexdigest()
+    settings["tensors"] = f"model-{settings['sha256'][:12]}.safetensors"
+    for name, content in ((settings["tensors"], data), ("quantization.json", json.dumps(settings, indent=1).encode() + b"\n")):
+        (folder / f"{name}.part").write_bytes(content)
+        (folder / f"{name}.part").replace(folder / name)
+    for other in folder.glob("model*.safetensors"):
+        if other.name != settings["tensors"]:
+            other.unlink()
 
 
-def load_quantized(folder):
+def load_quantized(folder: str | Path) -> nn.Module:
     """Read a model that :func:`save_quantized` wrote; on the CPU, in eval mode.
 
     Raises:
@@ -73,19 +83,20 @@ def load_quantized(folder):
     folder = Path(folder)
     try:
         settings = json.loads((folder / "quantization.json").read_text())
-        tensors = load_file(folder / "model.safetensors")
         if settings["format"] != FORMAT:
             raise ValueError(f"format must be {FORMAT}, got {settings['format']}; save it with this version")
-        if (digest := _sha256(folder / "model.safetensors")) != settings["sha256"]:
-            raise ValueError(f"sha256 of model.safetensors must be {settings['sha256']}, got {digest}; copy both files again")
-        return _build(settings, tensors)
+        name = settings.get("tensors", "model.safetensors")
+        data = (folder / Path(name).name).read_bytes()
+        if (digest := hashlib.sha256(data).hexdigest()) != settings["sha256"]:
+            raise ValueError(f"sha256 of {name} must be {settings['sha256']}, got {digest}; copy both files again")
+        return _build(settings, load(data))
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
         raise DataError(
-            f"{folder} must hold quantization.json and model.safetensors as save_quantized writes them: {error!r}"
+            f"{folder} must hold quantization.json and the tensors it names, as save_quantized writes them: {error!r}"
         ) from error
 
 
-def pack(levels, bits):
+def pack(levels: torch.Tensor, bits: int) -> torch.Tensor:
     """Integer levels as bytes: two in one if 4 bits hold them, as ``(a + 8) + 16 (b + 8)``.
 
     Args:
@@ -100,7 +111,7 @@ def pack(levels, bits):
     return flat[::2] + 16 * flat[1::2]
 
 
-def unpack(values, shape):
+def unpack(values: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """The inverse of :func:`pack`: int8 levels of this shape."""
     if values.dtype == torch.int8:
         return values
@@ -108,15 +119,17 @@ def unpack(values, shape):
     return (flat.to(torch.int8) - 8).view(shape)
 
 
-def _sha256(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def _build(settings, tensors):
     """The quantized model that the contents of the two files describe."""
+    import diffusers  # slow to import
+
     model = getattr(diffusers, settings["model"]).from_config(settings["config"]).eval().requires_grad_(False)
     model.to(memory_format=torch.channels_last if settings["channels_last"] else torch.contiguous_format)
-    quantize(model, **{k: settings[k] for k in ("weights", "activations", "method", "keep", "weights_per", "split_skips")})
+    how = {k: settings[k] for k in ("weights", "activations", "method", "weights_per", "split_skips")}
+    quantize(model, **how, keep=list(settings["keep"]), search=False)
+    if isinstance(settings["keep"], dict):  # with the reasons
+        model.quantization.kept = settings["keep"]
+    model.quantization.visited = settings.get("visited", [])
     for name, layer in quantized_layers(model).items():
         if settings.get("packed"):
             tensors[f"{name}.levels"] = unpack(tensors.pop(f"{name}.packed"), layer.weight.shape)

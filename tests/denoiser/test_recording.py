@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from tdq_utils import Profile, profile_activations, sample
-from tdq_utils.denoiser.recording import Histogram, recording
-from tdq_utils.errors import TDQError
+from tdq_utils.denoiser.loading import fingerprint
+from tdq_utils.denoiser.recording import Histogram, as_profile, recording
+from tdq_utils.errors import DataError, TDQError
 
 FIELDS = ("t", "least", "greatest", "mean", "std", "counts", "limit")
 
@@ -130,7 +131,7 @@ def test_activations_that_are_not_finite(unet, scheduler):
 
 
 def test_one_t_a_call(unet):
-    with recording(unet), pytest.raises(TDQError, match="must share one t; got 2 different ones"):
+    with recording(unet), pytest.raises(TDQError, match="must share one t; got 3 and 4"):
         unet(torch.randn(2, 1, 8, 8), torch.tensor([3, 4]))
 
 
@@ -209,3 +210,49 @@ def test_best_steps_are_searched_once_for_each_layer_and_bits(drifting):
 def test_drift_at_a_single_step(drifting):
     drift = drifting(layer=[1]).drift()
     assert (drift.ratio[0], drift.correlation[0]) == (1, 0) and drift.gain_db[0] == pytest.approx(0, abs=0.02)
+
+
+def test_the_generators_own_layers_are_not_the_models(calibrated, scheduler, profile):
+    model = calibrated("tdq")
+    own = profile_activations(model, scheduler, range(2), 4, progress=False)
+    assert own.layers == profile.layers
+
+
+def test_time_steps_between_whole_numbers_stay_what_they_are(unet, x):
+    with recording(unet) as cells:
+        for t in (999, 749.25, 0.5):
+            unet(x, torch.tensor([t]))
+    assert as_profile(cells).t.tolist() == [999, 749.25, 0.5]
+
+
+def test_a_layer_that_is_always_zero_gains_nothing(unet, scheduler):
+    unet.mid_block.resnets[0].conv2.register_forward_pre_hook(lambda module, args: (torch.zeros_like(args[0]),))
+    drift = profile_activations(unet, scheduler, range(2), 4, progress=False).drift().set_index("layer")
+    assert drift.gain_db["mid_block.resnets.0.conv2"] == 0 and np.isfinite(drift.to_numpy()).all()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e-9, 1e3])
+def test_resolution_does_not_depend_on_the_scale(scale):
+    values, counts = torch.randn(10_000), []
+    for factor in (1.0, scale):
+        histogram = Histogram()
+        histogram.add(values * factor, float(values.abs().max()) * factor)
+        counts.append((histogram.counts > 0).sum())
+    assert 0.4 < counts[1] / counts[0] < 2.5
+
+
+def test_a_profile_knows_whose_it_is(unet, profile, tmp_path):
+    assert profile.model == fingerprint(unet)
+    profile.save(tmp_path / "a")
+    assert Profile.load(tmp_path / "a").model == profile.model
+    np.savez(tmp_path / "old.npz", **{k: v for k, v in np.load(tmp_path / "a").items() if k != "model"})
+    assert Profile.load(tmp_path / "old.npz").model == ""
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no profile"])
+def test_a_damaged_profile_is_named(profile, tmp_path, content):
+    path = tmp_path / "p.npz"
+    profile.save(path)
+    path.write_bytes(path.read_bytes()[:-600] if content is None else content)
+    with pytest.raises(DataError, match=r"p.npz must be a profile as Profile.save writes it.*record it again"):
+        Profile.load(path)

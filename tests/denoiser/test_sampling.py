@@ -109,9 +109,13 @@ def test_time_steps_and_seeds(scheduler):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seeds": range(0)}, r"at least one image; got an empty range. Pass for example range\(16\)"),
-        ({"steps": 0}, "steps must be from 1 to 1000; got 0"),
-        ({"steps": 1001}, "steps must be from 1 to 1000; got 1001"),
+        ({"seeds": range(0)}, r"at least one image, by numbers from 0; got an empty range. Pass for example range\(16\)"),
+        ({"seeds": [3, -1]}, "by numbers from 0; got -1"),
+        ({"seeds": "12"}, "seeds must be whole numbers, one an image; got '12'"),
+        ({"seeds": [0.9]}, r"seeds must be whole numbers, one an image; got \[0.9\]"),
+        ({"steps": 0}, "steps must be a whole number from 1 to 1000; got 0"),
+        ({"steps": 1001}, "steps must be a whole number from 1 to 1000; got 1001"),
+        ({"steps": 2.0}, "steps must be a whole number from 1 to 1000; got 2.0"),
         ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
         ({"condition": {"class_labels": torch.zeros(3)}}, "one row for each of the 4 seeds; got {'class_labels': 3}"),
     ],
@@ -120,3 +124,20 @@ def test_time_steps_and_seeds(scheduler):
 def test_bad_input(unet, scheduler, options, message):
     with pytest.raises(TDQError, match=message):
         draw(unet, scheduler, **options)
+
+
+def test_a_model_in_training_mode_is_refused(unet, scheduler):
+    with pytest.raises(TDQError, match=r"eval mode; this one is in training mode. Call model.eval\(\)"):
+        draw(unet.train(), scheduler)
+
+
+def test_models_that_return_tuples(unet, scheduler):
+    class Tuples(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.config = unet, unet.config
+
+        def forward(self, sample, timestep):
+            return self.net(sample, timestep, return_dict=False)
+
+    assert torch.equal(draw(Tuples().eval(), scheduler), draw(unet, scheduler))

@@ -318,7 +318,7 @@ def test_table_calibrated_for_other_steps(calibrated, scheduler):
 
 
 def test_freezing_for_too_many_steps(calibrated, scheduler):
-    with pytest.raises(TDQError, match="steps must be from 1 to 1000; got 1001"):
+    with pytest.raises(TDQError, match="steps must be a whole number from 1 to 1000; got 1001"):
         freeze(calibrated("tdq"), scheduler, steps=1001)
 
 

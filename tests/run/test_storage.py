@@ -1,12 +1,14 @@
 """A quantized model as a folder: exact round trips, damaged files."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from tdq_utils import calibrate, freeze, load_quantized, quantize, sample, save_quantized
 from tdq_utils.errors import DataError, TDQError
+from tdq_utils.fit import layers
 from tdq_utils.fit.quantize import METHODS, quantized_layers
 from tdq_utils.method.generator import RawTime
 from tdq_utils.run.storage import pack, unpack
@@ -87,16 +89,21 @@ def edit(change):
     return damage
 
 
-def truncate(name):
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-500])
+def one(folder, pattern):
+    (path,) = folder.glob(pattern)
+    return path
+
+
+def truncate(pattern):
+    return lambda folder: one(folder, pattern).write_bytes(one(folder, pattern).read_bytes()[:-500])
 
 
 DAMAGE = {
     "no-json": lambda folder: (folder / "quantization.json").unlink(),
-    "no-tensors": lambda folder: (folder / "model.safetensors").unlink(),
+    "no-tensors": lambda folder: one(folder, "*.safetensors").unlink(),
     "truncated-json": truncate("quantization.json"),
-    "truncated-tensors": truncate("model.safetensors"),
-    "garbage": lambda folder: (folder / "model.safetensors").write_bytes(b"garbage" * 99),
+    "truncated-tensors": truncate("*.safetensors"),
+    "garbage": lambda folder: one(folder, "*.safetensors").write_bytes(b"garbage" * 99),
     "other-format": edit(lambda settings: settings.update(format=99)),
     "other-shape": edit(lambda settings: settings["config"].update(block_out_channels=[8, 24])),
     "other-bits": edit(lambda settings: settings.update(weights=17)),
@@ -121,8 +128,8 @@ def test_weights_of_another_model_are_noticed(calibrated, tmp_path):
     save_quantized(model, tmp_path / "a")
     model.conv_in.bias.add_(1)
     save_quantized(model, tmp_path / "b")
-    (tmp_path / "b" / "model.safetensors").replace(tmp_path / "a" / "model.safetensors")
-    with pytest.raises(DataError, match="sha256 of model.safetensors must be .* copy both files again"):
+    one(tmp_path / "b", "*.safetensors").replace(one(tmp_path / "a", "*.safetensors"))
+    with pytest.raises(DataError, match="sha256 of model-.*safetensors must be .* copy both files again"):
         load_quantized(tmp_path / "a")
 
 
@@ -153,3 +160,51 @@ def test_weights_in_full_precision_cannot_be_packed(unet, tmp_path):
     quantize(unet, None, 8, "dynamic")
     with pytest.raises(TDQError, match="packed needs weights on a grid"):
         save_quantized(unet, tmp_path, packed=True)
+
+
+@pytest.mark.parametrize("broken", ["write_bytes", "replace"])
+@pytest.mark.parametrize("at", [0, 1])
+def test_an_interrupted_save_leaves_the_model_that_was_there(calibrated, tmp_path, monkeypatch, x, broken, at):
+    model = calibrated("mse")
+    save_quantized(model, tmp_path)
+    expected = model(x, 999).sample
+    model.conv_in.bias.add_(1)
+    plain, calls = getattr(Path, broken), []
+
+    def fail(path, *args):
+        calls.append(path)
+        if len(calls) > at:
+            raise OSError("disk full")
+        return plain(path, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(Path, broken, fail)
+        save_quantized(model, tmp_path)
+    assert torch.equal(load_quantized(tmp_path)(x, 999).sample, expected)
+    save_quantized(model, tmp_path)
+    assert torch.equal(load_quantized(tmp_path)(x, 999).sample, model(x, 999).sample)
+    assert sorted(path.suffix for path in tmp_path.iterdir() if path.suffix != ".part") == [".json", ".safetensors"]
+
+
+def test_loading_searches_for_no_step_size(calibrated, tmp_path, monkeypatch):
+    save_quantized(calibrated("mse"), tmp_path)
+    monkeypatch.setattr(layers, "mse_step", None)
+    load_quantized(tmp_path)
+
+
+def test_tied_layers_are_saved_and_loaded(unet, scheduler, tmp_path, x):
+    first, second = (unet.up_blocks[1].resnets[i].conv2 for i in range(2))
+    second.weight = first.weight
+    quantize(unet, 8, 8, "mse")
+    calibrate(unet, scheduler, range(2), 4, progress=False)
+    for packed in (False, True):
+        save_quantized(unet, tmp_path, packed=packed)
+        assert torch.equal(load_quantized(tmp_path)(x, 999).sample, unet(x, 999).sample)
+
+
+def test_what_was_saved_before_tensors_had_a_name_of_their_own(calibrated, tmp_path, x):
+    model = calibrated("table")
+    save_quantized(model, tmp_path)
+    one(tmp_path, "*.safetensors").rename(tmp_path / "model.safetensors")
+    edit(lambda settings: (settings.pop("tensors"), settings.update(keep=list(settings["keep"]))))(tmp_path)
+    assert torch.equal(load_quantized(tmp_path)(x, 999).sample, model(x, 999).sample)

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from numbers import Integral
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tdq_utils.errors import TDQError
 
 SILU_MIN = -0.2785  # the minimum of x * sigmoid(x), at x = -1.278
+CACHE = 2**17  # values that the search for a step size looks at together, a thread
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def on_levels(x: torch.Tensor, s: torch.Tensor, least: torch.Tensor, greatest: t
     return torch.minimum(torch.maximum(q, least, out=q), greatest, out=q).mul_(s)
 
 
-def squared_error(values, counts, s, grid):
+def squared_error(values: Tensor, counts: Tensor | None, s: Tensor, grid: Grid) -> Tensor:
     """Summed squared quantization error of weighted values.
 
     Args:
@@ -143,32 +145,47 @@ def squared_error(values, counts, s, grid):
     x, s = values.reshape(-1, values.shape[-1]), s.reshape(-1, 1)
     levels = fake_quantize(x, s.detach()[:, 0], grid) / s.detach()
     error = (s * levels - x).square()
-    if counts is not None:
-        error = error * counts.reshape(x.shape)
+    error = error if counts is None else error * counts.reshape(x.shape)
     return error.sum(-1).view(values.shape[:-1])
 
 
 @torch.no_grad()
-def mse_step(values, grid, counts=None, candidates=48, rounds=2):
-    """The step size that minimizes the squared quantization error, by a refined grid search.
+def mse_step(values: Tensor, grid: Grid, counts: Tensor | None = None) -> Tensor:
+    """The positive step sizes ``"..."`` that minimize the squared quantization error: a grid search, and a finer one.
 
     Args:
         values: ``"... value"``; the search is independent for every leading index.
         grid: :class:`Grid`. counts: weight of each value, or ``None``.
-        candidates: step sizes tried in a round; the second round refines around the best.
-
-    Returns:
-        Step sizes ``"..."``, positive.
     """
-    present = values if counts is None else torch.where(counts > 0, values, 0)
-    widest = grid.widest_step(present.amin(-1), present.amax(-1)).clamp_min(1e-8)
-    best = widest
-    ratios = torch.logspace(-1.7, 0, candidates, dtype=values.dtype)
-    for _ in range(rounds):
-        trials = torch.stack([best * r for r in ratios])
-        errors = torch.stack([squared_error(values, counts, s, grid) for s in trials])
-        best = trials.gather(0, errors.argmin(0, keepdim=True))[0]
+    x = values.reshape(-1, values.shape[-1])
+    # As many rows at a time as fit a cache. Torch adds up a single row, and rows that do not lie one after the other, in an
+    # order that depends on their number: no part is one row of several, and other layouts stay whole. So no bit changes.
+    room = CACHE * torch.get_num_threads() if x.is_cpu else x.numel()
+    parts = max(1, len(x) // max(2, room // x.shape[1])) if x.is_contiguous() else 1
+    weights = [None] * parts if counts is None else counts.reshape(x.shape).tensor_split(parts)
+    found = [_search(*part, grid) for part in zip(x.tensor_split(parts), weights, strict=True)]
+    return torch.cat(found).view(values.shape[:-1])
+
+
+def _search(x, counts, grid):
+    def summed(x_hat):  # the bits of squared_error, in the place of x_hat
+        error = x_hat.sub_(x).square_()
+        return (error if counts is None else error.mul_(counts)).sum(-1)
+
+    present = x if counts is None else torch.where(counts > 0, x, 0)
+    best = grid.widest_step(present.amin(-1), present.amax(-1)).clamp_min(1e-8)
+    ratios, low = torch.logspace(-1.7, 0, 48, dtype=x.dtype), grid.low or 0.0
+    for _ in range(2):
+        found, least = best, torch.full_like(best, torch.inf)
+        for ratio in ratios.flip(0):  # from the largest down; of equal errors the smallest step counts
+            s = best * ratio
+            error = summed(_rounded(x, s, grid).div_(s[:, None]).mul_(s[:, None]))
+            found, least = torch.where(error > least, found, s), torch.minimum(error, least)
+            if (error > 1.2 * least).all():  # is what lies beyond the grid, which grows as s falls, alone too much?
+                ends = (grid.q_min - 0.5) * s + low, ((grid.q_max + 0.5) * s + low).clamp_min(0)
+                if (summed(x.clamp(*(end[:, None] for end in ends))) > 1.001 * least).all():  # a margin far beyond rounding
+                    break
+        best = found
         spread = (ratios[-1] / ratios[-2]).log10().item()
-        # An odd number: the best so far is tried again, so a round never makes it worse.
-        ratios = torch.logspace(-spread, spread, candidates // 4 * 2 + 1, dtype=values.dtype)
+        ratios = torch.logspace(-spread, spread, 25, dtype=x.dtype)  # an odd number: the best so far is tried again
     return best

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from tdq_utils.errors import TDQError
 from tdq_utils.fit.layers import ActivationQuantizer
+from tdq_utils.method import grid as grid_module
 from tdq_utils.method.grid import SILU_MIN, Grid, fake_quantize, mse_step, squared_error
 from tdq_utils.method.step_sizes import DynamicStep, TimeSteps
 
@@ -184,6 +185,83 @@ def test_mse_step_of_every_row_is_its_own():
     per_tensor = mse_step(weights.reshape(1, -1), Grid(4)).expand(4)
     gain = squared_error(weights, None, per_tensor, Grid(4)) / squared_error(weights, None, steps, Grid(4))
     assert gain[0] > 10 and gain.min() > 0.99
+
+
+def plain_search(values, grid, counts=None):
+    """The search as it is defined: every candidate, all rows at once, no short cut."""
+    present = values if counts is None else torch.where(counts > 0, values, 0)
+    best = grid.widest_step(present.amin(-1), present.amax(-1)).clamp_min(1e-8)
+    ratios = torch.logspace(-1.7, 0, 48)
+    for _ in range(2):
+        trials = torch.stack([best * r for r in ratios])
+        errors = torch.stack([squared_error(values, counts, s, grid) for s in trials])
+        best = trials.gather(0, errors.argmin(0, keepdim=True))[0]
+        spread = (ratios[-1] / ratios[-2]).log10().item()
+        ratios = torch.logspace(-spread, spread, 25)
+    return best
+
+
+ROWS = {
+    "normal": lambda x: x,
+    "heavy-tailed": lambda x: x / torch.rand_like(x).clamp_min(1e-3),
+    "one-outlier": lambda x: torch.cat([x[:, :1] * 1000, x[:, 1:]], dim=1),
+    "constant": lambda x: x[:, :1].repeat(1, x.shape[1]),
+    "zero": lambda x: x * 0,
+    "tiny": lambda x: x * 1e-11,
+    "sparse": lambda x: x * (torch.rand_like(x) < 0.05),
+    "on-a-grid": lambda x: (x * 8).round() * 0.0137,
+    "silu": F.silu,
+    "any-scale": lambda x: x * torch.logspace(-12, 4, len(x))[:, None],
+}
+SHAPES_OF_ROWS = [(24, 144), (7, 27), (30, 9), (5, 1), (1, 3000), (3, 2000)]  # convolutions, linear layers, one tensor
+
+
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("weighted", [False, True], ids=["values", "counts"])
+def test_mse_step_is_the_plain_search_bit_for_bit(monkeypatch, kind, weighted):
+    """Whatever is left out, however the rows are divided: few at a time, or all."""
+    for i, shape in enumerate(SHAPES_OF_ROWS):
+        values = ROWS[kind](torch.randn(shape))
+        counts = torch.randint(0, 5, shape).float() if weighted else None
+        if i % 2:  # as cut out of a histogram by numpy: the first axis is the fast one
+            values, counts = (v if v is None else v.t().contiguous().t() for v in (values, counts))
+        grid = Grid(2 + (i + len(kind)) % 7, (None, 0.0, SILU_MIN)[(i // 2 + weighted) % 3])
+        expected = plain_search(values, grid, counts)
+        for cache in (700, 2**17):
+            monkeypatch.setattr(grid_module, "CACHE", cache)
+            assert torch.equal(mse_step(values, grid, counts), expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_mse_step_is_the_plain_search_with_any_bits_and_threads(bits, threads):
+    torch.set_num_threads(threads)
+    try:
+        for values in (torch.randn(60, 1152), torch.randn(3, 33_000), torch.randn(1, 40_000)):
+            assert torch.equal(mse_step(values, Grid(bits)), plain_search(values, Grid(bits)))
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_sums_of_rows_do_not_depend_on_how_many_are_added_up_together(threads):
+    """What the search rests on, where it divides rows; torch doesn't promise it."""
+    torch.set_num_threads(threads)
+    try:
+        for length in (*range(1, 40), 144, 576, 1000, 1152, 4097, 5120, 9999, 33_000, 70_001):
+            x = torch.randn(11, length)
+            for parts in (2, 3, 5):
+                assert torch.equal(x.sum(-1), torch.cat([part.sum(-1) for part in x.tensor_split(parts)])), length
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_mse_step_leaves_most_candidates_out(monkeypatch):
+    tried = []
+    rounded = grid_module._rounded
+    monkeypatch.setattr(grid_module, "_rounded", lambda *args: tried.append(1) or rounded(*args))
+    mse_step(torch.randn(16, 4000), Grid(8))
+    assert len(tried) < 35  # of 48 + 25
 
 
 def test_counts_weigh_values():

@@ -30,7 +30,7 @@ from tdq_utils.run.storage import load_quantized, save_quantized
 
 # What needs torchmetrics, onnx, matplotlib or pandas is imported when it is first used.
 _HEAVY = {
-    "lab": ["bench", "fid", "load_images:datasets", "reproduce", "tables"],
+    "lab": ["bench", "compare:tables.quickstart", "fid", "load_images:datasets", "reproduce", "tables"],
     "run": ["onnx"],
     "show": ["NAMES:names", "plots", "result_plots", "widgets"],
 }

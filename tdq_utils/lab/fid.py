@@ -2,15 +2,19 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any, Self
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from safetensors.torch import load_file
-from torch import nn
-from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.image.fid import NoTrainInceptionV3
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
@@ -22,15 +26,11 @@ CLASSIFIER = DATA / "models" / "classifier"
 
 
 class FeatureClassifier(nn.Module):
-    """A small convolutional classifier of 28x28 grey images; its pooled features carry the distances.
-
-    ``forward`` takes images ``"image 1 28 28"`` in [-1, 1] and returns features ``"image 64"``, the interface
-    that torchmetrics expects of a feature extractor.
-    """
+    """A small convolutional classifier of grey images ``"image 1 28 28"`` in [-1, 1]; its pooled features carry the distances."""
 
     num_features = 64
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(
             *_block(1, 32), *_block(32, 32), nn.MaxPool2d(2),
@@ -39,24 +39,24 @@ class FeatureClassifier(nn.Module):
         )  # fmt: skip
         self.head = nn.Linear(self.num_features, 10)
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> Tensor:
         """Features ``"image 64"``, non-negative."""
         return self.body(images)
 
-    def scores(self, features):
+    def scores(self, features: Tensor) -> Tensor:
         """Class scores ``"image 10"`` of features."""
         return self.head(features)
 
-    def logits(self, images):
+    def logits(self, images: Tensor) -> Tensor:
         """Class scores ``"image 10"`` of images."""
         return self.scores(self(images))
 
 
-def _block(inputs, outputs):
+def _block(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
     return nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
 
 
-def load_classifier(folder=CLASSIFIER):
+def load_classifier(folder: str | Path = CLASSIFIER) -> FeatureClassifier:
     """The shipped :class:`FeatureClassifier`, in eval mode. DataError: its file is missing or damaged."""
     path = Path(folder) / "model.safetensors"
     classifier = FeatureClassifier()
@@ -75,7 +75,7 @@ class InceptionFeatures(nn.Module):
 
     num_features = 2048
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         try:
             self.net = NoTrainInceptionV3("inception-v3-compat", ["2048"])
@@ -85,38 +85,31 @@ class InceptionFeatures(nn.Module):
                 "pip install 'tdq-utils[inception]', or use features='classifier'."
             ) from error
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> Tensor:
         """Features ``"image 2048"``; one channel is shown as grey."""
         return self.net(to_uint8(images).expand(-1, 3, -1, -1))
 
-    def scores(self, features):
+    def scores(self, features: Tensor) -> Tensor:
         """Class scores without the bias, as the inception score is defined with."""
         return features @ self.net.fc.weight.T
 
 
-FEATURES = {"classifier": load_classifier, "inception": InceptionFeatures}
+Extractor = FeatureClassifier | InceptionFeatures
+FEATURES: dict[str, Callable[[], Extractor]] = {"classifier": load_classifier, "inception": InceptionFeatures}
 
 
-def feature_extractor(features="classifier"):
-    """An extractor by name: ``"classifier"`` (ships; gives the FCD) or ``"inception"`` (gives the FID).
-
-    Raises:
-        TDQError: unknown name, or the extra is not installed.
-    """
+def feature_extractor(features: str = "classifier") -> Extractor:
+    """An extractor by name: ``"classifier"`` (ships; gives the FCD) or ``"inception"`` (gives the FID). TDQError: another."""
     if features not in FEATURES:
         raise TDQError(f"features must be one of {', '.join(FEATURES)}; got {features!r}.")
     return FEATURES[features]()
 
 
 @torch.no_grad()
-def extract_features(images, classifier=None, batch_size=500):
-    """Features of images, rounded to 8 bits first, as a saved picture would be.
+def extract_features(images: Tensor, classifier: Callable[[Tensor], Tensor] | None = None, batch_size: int = 500) -> Tensor:
+    """Features ``"image feature"`` float64 of images in [-1, 1], rounded to 8 bits first, as a saved picture would be.
 
-    Args:
-        images: ``"image channel height width"`` in [-1, 1]. classifier: default, the shipped one.
-
-    Returns:
-        ``"image feature"`` float64.
+    ``classifier``: what gives the features; default, the shipped one.
     """
     classifier = classifier or load_classifier()
     images = to_uint8(images).float().div_(127.5).sub_(1)
@@ -130,101 +123,80 @@ class Statistics:
         mu: ``"feature"`` float64. sigma: ``"feature feature"`` float64, unbiased. n: number of images.
     """
 
-    def __init__(self, mu, sigma, n):
+    def __init__(self, mu: ArrayLike, sigma: ArrayLike, n: int) -> None:
         self.mu, self.sigma, self.n = np.asarray(mu, np.float64), np.asarray(sigma, np.float64), int(n)
 
-    @staticmethod
-    def of(features):
+    @classmethod
+    def of(cls, features: Tensor) -> Self:
         """From features ``"image feature"``. TDQError: fewer images than features + 1 (singular covariance)."""
         n, width = features.shape
         if n <= width:
             raise TDQError(f"A Frechet distance needs more images than its {width} features; got {n}. Sample more images.")
         features = np.asarray(features, np.float64)
-        return Statistics(features.mean(0), np.cov(features, rowvar=False), n)
+        return cls(features.mean(0), np.cov(features, rowvar=False), n)
 
-    def save(self, path):
+    def save(self, path: str | Path) -> None:
         """Write mu, sigma and n as npz (no pickles)."""
         np.savez_compressed(path, mu=self.mu, sigma=self.sigma, n=self.n)
 
-    @staticmethod
-    def load(path=CLASSIFIER / "fashion-mnist-test.npz"):
+    @classmethod
+    def load(cls, path: str | Path = CLASSIFIER / "fashion-mnist-test.npz") -> Self:
         """Read statistics; default: of the 10,000 test images under the shipped classifier."""
         try:
             with np.load(path) as data:
-                return Statistics(data["mu"], data["sigma"], data["n"])
+                return cls(data["mu"], data["sigma"], data["n"])
         except (OSError, EOFError, KeyError, ValueError, BadZipFile) as error:
             raise DataError(
                 f"{path} must be an npz of mu, sigma and n; run python -m tdq_utils train-classifier. ({error})"
             ) from error
 
 
-def _metric(kind, width, **options):
-    """A torchmetrics metric for features that are there already."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # "will save all extracted features": 64 numbers an image
-        # Processes measure different rows: their features must not be gathered.
-        return kind(feature=_Identity(width), sync_on_compute=False, **options).set_dtype(torch.float64)
-
-
-def frechet_distance(a, b):
-    """Frechet distance of two Gaussians given by :class:`Statistics`, through torchmetrics in float64.
+def frechet_distance(a: Statistics, b: Statistics) -> float:
+    """Frechet distance of two Gaussians given by :class:`Statistics`, in float64.
 
     ``|mu_a - mu_b|^2 + tr(sigma_a + sigma_b - 2 (sigma_a sigma_b)^(1/2))`` (Heusel et al. 2017). With features of
     the shipped classifier this is the FCD, not the FID. It is biased by about c (1/n_a + 1/n_b): compare only at equal n.
     """
     if a.mu.shape != b.mu.shape:
         raise TDQError(f"Both sets must have the same features; got {len(a.mu)} and {len(b.mu)}. Use one classifier.")
-    metric = _metric(FrechetInceptionDistance, len(a.mu))
-    for side, stats in (("real", a), ("fake", b)):
-        mu, sigma = torch.from_numpy(stats.mu), torch.from_numpy(stats.sigma)
-        setattr(metric, f"{side}_features_sum", stats.n * mu)
-        setattr(metric, f"{side}_features_cov_sum", (stats.n - 1) * sigma + stats.n * mu.outer(mu))
-        setattr(metric, f"{side}_features_num_samples", torch.tensor(stats.n))
-    # The states are set, not accumulated: say what update() would have noted.
-    metric._update_count, metric.orig_dtype = 1, torch.float64
-    return float(metric.compute())
+    # The trace of a root is the sum of the roots of the eigenvalues; rounding can leave them slightly negative, or complex.
+    roots = np.sqrt(np.linalg.eigvals(a.sigma @ b.sigma).astype(complex)).real
+    return float(((a.mu - b.mu) ** 2).sum() + np.trace(a.sigma + b.sigma) - 2 * roots.sum())
 
 
-def kernel_distance(features, reference, seed=0):
+def kernel_distance(features: Tensor, reference: Tensor, seed: int = 0) -> tuple[float, float]:
     """Kernel distance (KID, Binkowski et al. 2018: unbiased in n) of two sets of features ``"image feature"``.
 
-    Cubic polynomial kernel; the mean over 100 subsets of a tenth of the smaller set, at most 1,000 images.
-
-    Returns:
-        ``(distance, standard error)``, the spread over subsets scaled to the whole set.
+    Cubic polynomial kernel; the mean over 100 subsets of a tenth of the smaller set, at most 1,000 images. Returns
+    ``(distance, standard error)``, the spread over subsets scaled to the whole set.
     """
     size = max(2, min(1000, min(len(features), len(reference)) // 10))
-    metric = _metric(KernelInceptionDistance, features.shape[1], subset_size=size)
-    metric.update(torch.as_tensor(reference), real=True)
-    metric.update(torch.as_tensor(features), real=False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        mean, spread = (float(value) for value in metric.compute())
+    mean, spread = _measured(KernelInceptionDistance, [(reference, True), (features, False)], seed, subset_size=size)
     return mean, spread * math.sqrt(size / len(features))
 
 
-def inception_score(scores, seed=0):
+def inception_score(scores: Tensor, seed: int = 0) -> tuple[float, float]:
     """Inception score (Salimans et al. 2016) of class scores ``"image class"``: ``(mean, spread)`` over 10 splits."""
-    metric = _metric(InceptionScore, scores.shape[1])
-    metric.update(torch.as_tensor(scores))
-    with torch.random.fork_rng(devices=[]):
+    return _measured(InceptionScore, [(scores,)], seed)
+
+
+def _measured(kind: type[Metric], updates: list[tuple], seed: int, **options: Any) -> tuple[float, float]:
+    """Mean and spread by a metric of torchmetrics, of features that are there already."""
+    extractor = nn.Identity()
+    extractor.num_features = updates[0][0].shape[1]
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore", UserWarning)  # "will save all extracted features": 64 numbers an image
         torch.manual_seed(seed)
-        return tuple(float(value) for value in metric.compute())
-
-
-class _Identity(nn.Module):
-    """Stands for the feature extractor where the features are there already."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.num_features = width
-
-    def forward(self, features):
-        return features
+        # Processes measure different rows: their features must not be gathered.
+        metric = kind(feature=extractor, sync_on_compute=False, **options).set_dtype(torch.float64)
+        for values, *real in updates:
+            metric.update(torch.as_tensor(values), *real)
+        mean, spread = metric.compute()
+    return float(mean), float(spread)
 
 
 @cache
-def reference_features(features="classifier"):
+def reference_features(features: str = "classifier") -> Tensor:
     """Features of the 10,000 test images, float32 ``"image feature"``: what the KID compares with."""
     return extract_features(load_images(split="test"), feature_extractor(features)).float()
 
@@ -236,61 +208,45 @@ class Distances:
 
     Args:
         features: ``"classifier"`` or ``"inception"``, as for :func:`feature_extractor`.
+        clean: full-precision images of the same seeds, in the order of the stream, or none.
+        kernel: whether the kernel distance and the inception score are wanted beside the Frechet distance.
     """
 
-    def __init__(self, features="classifier"):
-        self.name, self.extractor = features, feature_extractor(features)
+    def __init__(self, features: str = "classifier", clean: Tensor | None = None, kernel: bool = True) -> None:
+        self.name, self.clean, self.kernel, self.extractor = features, clean, kernel, feature_extractor(features)
         self.frechet = "fcd" if features == "classifier" else "fid"
-        self.features, self.errors = [], []
+        self.features: list[Tensor] = []
+        self.errors: list[Tensor] = []
 
-    def update(self, images, clean=None):
-        """Take in a batch ``"image channel height width"`` in [-1, 1] and the full-precision images of the same seeds."""
+    def update(self, images: Tensor) -> None:
+        """Take in a batch ``"image channel height width"`` in [-1, 1]."""
+        if self.clean is not None:
+            seen = sum(map(len, self.errors))
+            self.errors.append(paired_mse(images, self.clean[seen : seen + len(images)]))
         self.features.append(extract_features(images, self.extractor).float())
-        if clean is not None:
-            self.errors.append(paired_mse(images, clean))
 
     @torch.no_grad()
-    def compute(self):
-        """Dict of ``fcd`` (or ``fid``), ``kid``, ``kid_se``, ``inception_score``; with pairs ``mse``, ``mse_se``, ``psnr`` (dB).
+    def compute(self) -> dict[str, float]:
+        """``fcd`` (or ``fid``); ``kid``, ``kid_se``, ``inception_score``; with pairs ``mse``, ``mse_se``, ``psnr`` (dB).
 
-        Raises:
-            TDQError: not more images than features.
+        TDQError: not more images than features.
         """
         features = torch.cat(self.features)
-        reference = reference_features(self.name)
-        statistics = Statistics.load() if self.name == "classifier" else Statistics.of(reference)
-        distance = frechet_distance(Statistics.of(features), statistics)
-        kid, kid_se = kernel_distance(features, reference)
-        score, _ = inception_score(self.extractor.scores(features))
-        found = {self.frechet: distance, "kid": kid, "kid_se": kid_se, "inception_score": score}
+        statistics = Statistics.load() if self.name == "classifier" else Statistics.of(reference_features(self.name))
+        found = {self.frechet: frechet_distance(Statistics.of(features), statistics)}
+        if self.kernel:
+            found["kid"], found["kid_se"] = kernel_distance(features, reference_features(self.name))
+            found["inception_score"], _ = inception_score(self.extractor.scores(features))
         if self.errors:
             error = torch.cat(self.errors)
-            spread = (error.std() / math.sqrt(len(error))).item()
-            found |= dict(mse=error.mean().item(), mse_se=spread, psnr=_decibel(error))
+            mean = error.mean()
+            found |= dict(mse=mean.item(), mse_se=(error.std() / len(error) ** 0.5).item())
+            found["psnr"] = 10 * torch.log10(4 / mean.clamp_min(1e-12)).item()
         return found
 
 
-def fcd(images, reference=None, classifier=None):
-    """Frechet classifier distance of images to the test set (or ``reference``): lower is better.
-
-    Args:
-        images: ``"image 1 28 28"`` in [-1, 1], more of them than features (64).
-        reference: :class:`Statistics`, default the shipped ones. classifier: what the reference was made with.
-    """
-    return frechet_distance(Statistics.of(extract_features(images, classifier)), reference or Statistics.load())
-
-
-def paired_mse(images, clean):
+def paired_mse(images: Tensor, clean: Tensor) -> Tensor:
     """Mean squared difference to the full-precision image of the same seed, over pixels in [-1, 1]; one value an image."""
     if images.shape != clean.shape:
         raise TDQError(f"Images must pair up, seed by seed; got shapes {tuple(images.shape)} and {tuple(clean.shape)}.")
     return (images.clamp(-1, 1) - clean.clamp(-1, 1)).square().flatten(1).mean(1)
-
-
-def psnr(images, clean):
-    """Peak signal-to-noise ratio in dB, ``10 log10(2^2 / mean squared difference)``, for pixels in [-1, 1]."""
-    return _decibel(paired_mse(images, clean))
-
-
-def _decibel(error):
-    return 10 * torch.log10(4 / error.mean().clamp_min(1e-12)).item()

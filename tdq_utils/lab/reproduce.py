@@ -1,11 +1,11 @@
-"""The paper's tables, measured here: a grid of settings -> a CSV that grows by a row at a time and survives a kill."""
+"""The one engine of all tables: a grid of settings -> rows on disk, each measured once, by any number of processes."""
 
 import copy
-import os
 import time
-from dataclasses import asdict, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from datetime import timedelta
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import diffusers
@@ -13,9 +13,12 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
+from diffusers import SchedulerMixin
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tdq_utils.denoiser.loading import fingerprint
+from tdq_utils.denoiser.profile import Profile
 from tdq_utils.denoiser.sampling import sample_batches
 from tdq_utils.errors import TDQError
 from tdq_utils.fit.calibration import profile_set
@@ -23,138 +26,157 @@ from tdq_utils.fit.calibration_set import CalibrationSet
 from tdq_utils.fit.quantize import DYNAMIC, freeze, restore
 from tdq_utils.lab.datasets import load_images
 from tdq_utils.lab.fid import Distances, feature_extractor
-from tdq_utils.lab.results import Table
+from tdq_utils.lab.results import Row, Table, beside, read_rows
+from tdq_utils.lab.tables.ptq import SEEDS, Job
 from tdq_utils.run.integer import IntegerRunner
 from tdq_utils.run.runtime import Compiled, Runner
 
-ENGINES = ("eager", "compiled", "integer")
-SEEDS = 1_000_000  # repeat r samples the seeds from r * SEEDS and calibrates on others of the same million
+ENGINES: dict[str, type[Runner] | None] = {"eager": None, "compiled": Runner, "integer": IntegerRunner}
 
 
-def reproduce(jobs, model, scheduler, out, images=1000, batch_size=16, features="classifier", cache=None, engine="eager",
-              progress=True):  # fmt: skip
-    """Measure the jobs that ``out`` does not hold yet.
+def reproduce(jobs: Sequence[Job], model: nn.Module, scheduler: SchedulerMixin, out: str | Path, images: int = 1000,
+              batch_size: int = 16, features: str = "classifier", cache: str | Path | None = None, engine: str = "eager",
+              mix_threads: bool = False, progress: bool = True) -> pd.DataFrame:  # fmt: skip
+    """Measure the jobs that ``out`` does not hold yet; return all its rows.
 
-    Under ``accelerate launch`` (GPUs) or ``torchrun`` (CPUs) the jobs are dealt out to the processes; two give the rows
-    of one.
+    Any number of processes, on machines that share a folder, can work on one table at once: each takes the next job whose
+    row is not there. Under ``accelerate launch`` (GPUs) or ``torchrun`` (CPUs) the jobs are dealt out. Several give the rows
+    of one if each has as many threads as that one: rounding turns the last bit of a sum into a level of the grid.
 
     Args:
-        jobs: list of :class:`tdq_utils.lab.tables.ptq.Job`, all of one class. model, scheduler: in full precision. out: CSV.
+        jobs: all of one class. model, scheduler: in full precision. out: CSV, kept as :class:`tdq_utils.lab.results.Table` does.
         images: a row; at equal seeds in all rows of a repeat. batch_size: as for ``sample``.
         features: ``"classifier"`` (FCD) or ``"inception"`` (FID), as for :class:`tdq_utils.lab.fid.Distances`.
-        cache: folder for the full-precision images that rows are paired with, and for trainings; default: that of
-            :func:`default_cache`.
+        cache: folder for the full-precision images that rows are paired with, and for trainings; default: beside ``out``.
         engine: what samples the quantized models: ``"eager"``, the simulation; ``"compiled"``, the same through
             :class:`tdq_utils.run.runtime.Runner`; ``"integer"``, through :class:`tdq_utils.run.integer.IntegerRunner` (but
             simulated where halves of inputs are quantized apart). The last two compile once for all rows.
-        progress: show bars.
-
-    Returns:
-        DataFrame of all rows of the table.
+        mix_threads: add to rows that were measured with another number of threads. progress: show bars.
 
     Raises:
-        TDQError: rows in ``out`` with another protocol, no more images than features, an unknown engine.
-        DataError: a damaged ``out``.
+        TDQError: rows in ``out`` with another protocol or number of threads, no more images than features, an unknown
+            engine, seeds that are calibrated on and evaluated. DataError: a damaged ``out``, or a damaged row of it.
     """
     state = processes()
-    _check_images(images, features)
-    if engine not in ENGINES:
-        raise TDQError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}.")
-    table = Table(out, tuple(field.name for field in fields(jobs[0])), state.process_index, state.num_processes)
+    bench = Workbench(model, scheduler, range(images), default_cache(out, cache), batch_size, features, engine, progress)
+    bench.check(jobs)
+    table = Table(out, [asdict(job) for job in jobs])
     protocol = dict(images=images, sampler="DDIM", model=fingerprint(model), features=features)
-    done = table.everything()
-    _check_protocol(done.values(), protocol, {job.steps for job in jobs}, out)
     # Dealt out before looking at what is done: processes that start seconds apart still agree.
     mine = deal(jobs, state.process_index, state.num_processes)
-    mine = [job for job in mine if tuple(asdict(job).values()) not in done]
-    cache = default_cache(out) if cache is None else Path(cache)
-    bench = _Bench(model, scheduler, images, batch_size, features, cache, engine, progress)
-    bar = tqdm(mine, desc=f"reproduce {Path(out).name}", disable=not progress)
-    for job in bar:
-        bar.set_postfix_str(f"{job.method} W{job.weights}A{job.activations} #{job.repeat}")
-        table.add({**asdict(job), **protocol, **bench.measure(job)})
+
+    def left() -> list[Job]:
+        rows = table.rows()
+        wanted = protocol if mix_threads else {**protocol, "threads": torch.get_num_threads()}
+        _check_rows(rows.values(), wanted, {job.steps for job in jobs}, out)
+        return [job for job in mine if tuple(asdict(job).values()) not in rows]
+
+    with tqdm(total=len(left()), desc=f"reproduce {Path(out).name}", disable=not progress) as bar:
+        while todo := left():
+            begun = ((job, mark) for job in todo if (mark := table.begin(job.name)))
+            job, mark = next(begun, (todo[0], None))  # all are begun elsewhere, maybe by a process that was killed
+            bar.set_postfix_str(f"{job.method} W{job.weights}A{job.activations} #{job.repeat}")
+            try:
+                table.add({**asdict(job), **protocol, **bench.measure(job)})
+            finally:
+                if mark:
+                    mark.unlink(missing_ok=True)
+            mine.remove(job)
+            bar.update()
     state.wait_for_everyone()
     if state.is_main_process:
-        table.merge([tuple(asdict(job).values()) for job in jobs])
+        table.gather()
     state.wait_for_everyone()
-    return pd.DataFrame(table.everything().values())
+    return pd.DataFrame(read_rows(out))
 
 
-def default_cache(out):
-    """The folder ``cache`` beside a table."""
-    return Path(out).parent / "cache"
+def default_cache(out: str | Path, cache: str | Path | None = None) -> Path:
+    """The folder ``cache``, or the one of that name beside a table."""
+    return Path(out).parent / "cache" if cache is None else Path(cache)
 
 
-def deal(jobs, rank, world):
+def deal(jobs: Sequence[Job], rank: int, world: int) -> list[Job]:
     """The jobs of one process of ``world``, in turn; those that share a folder go to the same."""
     turn = {name: i for i, name in enumerate(dict.fromkeys(job.name for job in jobs))}
     return [job for job in jobs if turn[job.name] % world == rank]
 
 
-def processes():
+def processes() -> PartialState:
     """How many processes share the work, and which is this one (accelerate's state)."""
     # The first to finish waits for the last, however long that takes.
     return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
 
 
-def _check_images(images, features):
-    if images <= (width := feature_extractor(features).num_features):
-        raise TDQError(f"images must exceed the {width} features of the {features}; got {images}.")
-
-
-def _check_protocol(rows, protocol, steps, out):
+def _check_rows(rows: Iterable[Row], protocol: Row, steps: set[int], out: str | Path) -> None:
+    """What is measured next may stand beside the rows that are there."""
     for row in rows:
-        wanted = {**protocol, "steps": row["steps"] if row["steps"] in steps else min(steps)}
-        for name, value in wanted.items():
+        for name, value in {**protocol, "steps": row["steps"] if row["steps"] in steps else min(steps)}.items():
             if str(row[name]) != str(value):
+                way = f"Set OMP_NUM_THREADS={row[name]}, pass --mix-threads, or write" if name == "threads" else "Write"
                 raise TDQError(
-                    f"All rows of a table must share images, steps, model and features; {out} holds {name} = {row[name]}, "
-                    f"this run has {value}. Write to another --out."
+                    f"All rows of a table must share images, steps, model, features and threads; {out} holds {name} = "
+                    f"{row[name]}, this run has {value}. {way} to another --out."
                 )
 
 
-def _parts(images, size=500):
-    return (images[start : start + size] for start in range(0, len(images), size))
+class Workbench:
+    """Measures one job after the other; keeps what several share.
 
+    Args:
+        model, scheduler, cache, batch_size, features, engine, progress: as for :func:`reproduce`.
+        seeds: of the noise of repeat 0; those of repeat r are ``SEEDS`` times r greater.
+        profile: what calibration sees, to use instead of sampling trajectories.
+        keep: the images of every job, in ``images``; the kernel distance and the inception score are then left out.
+    """
 
-def _stream(distances, batches, clean):
-    """Feed batches of images to ``distances``, each with its rows of the full-precision images."""
-    rows = 0
-    for batch in batches:
-        distances.update(batch, torch.from_numpy(clean[rows : rows + len(batch)].copy()))
-        rows += len(batch)
+    def __init__(self, model: nn.Module, scheduler: SchedulerMixin, seeds: Sequence[int], cache: Path, batch_size: int = 16,
+                 features: str = "classifier", engine: str = "eager", progress: bool = True, profile: Profile | None = None,
+                 keep: bool = False) -> None:  # fmt: skip
+        self.model, self.scheduler, self.seeds, self.cache, self.batch_size = model, scheduler, seeds, cache, batch_size
+        self.features, self.engine, self.progress, self.profile, self.keep = features, engine, progress, profile, keep
+        self.images: dict[Job, Tensor] = {}
+        self.data: tuple[tuple, CalibrationSet] | None = None  # of the last repeat, after what tells it apart
+        self.profiles: dict[bool, Profile] = {}
+        self.runners: dict[tuple, Runner] = {}
 
+    def check(self, jobs: Iterable[Job]) -> None:
+        """TDQError before any work: an unknown engine, too few images, seeds that are calibrated on and evaluated."""
+        if self.engine not in ENGINES:
+            raise TDQError(f"engine must be one of {', '.join(ENGINES)}; got {self.engine!r}.")
+        if len(self.seeds) <= (width := feature_extractor(self.features).num_features):
+            raise TDQError(f"images must exceed the {width} features of the {self.features}; got {len(self.seeds)}.")
+        noise = {seed for repeat in {job.repeat for job in jobs} for seed in self._noise(repeat)}
+        if both := noise & {seed for seeds, _ in {job.calibration for job in jobs} for seed in seeds}:
+            raise TDQError(f"Calibration and evaluation must use different seeds; both hold {min(both)}. Take others, or fewer.")
 
-class _Bench:
-    """Measures one job after the other; keeps what several share."""
+    def _noise(self, repeat: int) -> list[int]:
+        return [repeat * SEEDS + seed for seed in self.seeds]
 
-    def __init__(self, model, scheduler, images, batch_size, features, cache, engine, progress):
-        self.model, self.scheduler, self.images, self.batch_size = model, scheduler, images, batch_size
-        self.features, self.cache, self.engine, self.progress = features, cache, engine, progress
-        self.calibrated_on, self.profiles, self.runners, self.compiled = None, {}, {}, None
-
-    def measure(self, job):
+    def measure(self, job: Job) -> Row:
         """The measured columns of a job's row."""
-        distances, start, calibration, further = Distances(self.features), time.perf_counter(), 0.0, {}
-        clean = None if job.method == "real images" else self._clean(job)
-        if clean is None:
-            self._real(job, distances)
-        elif job.method == "full precision":
-            _stream(distances, (torch.from_numpy(part.copy()) for part in _parts(clean)), clean)
-        else:
-            try:
-                calibrated = partial(self._calibration, job)
-                further = job.prepare(self.model, self.scheduler, calibrated, job.folder(self.cache, self.model), self.progress)
-                calibration = time.perf_counter() - start
-                freeze(self.model, self.scheduler, job.steps, nearest=job.transfers)
-                _stream(distances, self._batches(job, self._runner(job)), clean)
-            finally:
-                if hasattr(self.model, "quantization"):
-                    restore(self.model)
+        start, calibration, further, real = time.perf_counter(), 0.0, {}, job.method == "real images"
+        clean = None if real else self._clean(job)
+        distances = Distances(self.features, clean, not self.keep)
+        try:
+            if clean is None:
+                batches = self._real(job)
+            elif job.method == "full precision":
+                batches = clean.split(500)
+            else:
+                ready, folder = time.perf_counter(), job.folder(self.cache, self.model)
+                further = job.prepare(self.model, self.scheduler, partial(self._calibration, job), folder, self.progress)
+                calibration = time.perf_counter() - ready
+                freeze(self.model, self.scheduler, job.steps, nearest=job.calibration[1] != job.steps)
+                batches = self._batches(job, self._runner(job))
+            for batch in batches:
+                distances.update(batch)
+        finally:
+            if hasattr(self.model, "quantization"):
+                restore(self.model)
         found = distances.compute()
+        columns = (distances.frechet, "kid", "kid_se", "inception_score", "mse", "mse_se", "psnr")
         return {
-            **{name: found.get(name, np.nan) for name in (distances.frechet, "kid", "kid_se", "inception_score")},
-            **{name: found.get(name, np.nan) for name in ("mse", "mse_se", "psnr")},
+            **{name: found.get(name, np.nan) for name in columns},
             **further,
             "calibration_seconds": round(calibration, 1),
             "seconds": round(time.perf_counter() - start, 1),
@@ -166,70 +188,63 @@ class _Bench:
             "diffusers": diffusers.__version__,
         }
 
-    def _calibration(self, job):
+    def _calibration(self, job: Job) -> tuple[CalibrationSet | None, Profile | None]:
         """``(data, profile)``: all methods of a repeat see the same; a profile is that of quantized layers."""
-        trajectories, steps = job.calibration
-        source = job.repeat, trajectories, steps
-        if self.calibrated_on != source:
-            first = job.repeat * SEEDS + SEEDS // 2
+        if self.profile is not None:
+            return None, self.profile
+        if self.data is None or self.data[0] != job.calibration:
             how = dict(batch_size=self.batch_size, progress=False)
-            self.data = CalibrationSet.collect(self.model, self.scheduler, range(first, first + trajectories), steps, **how)
-            self.calibrated_on, self.profiles = source, {}
-        structure = tuple(job.quantization.items())
-        if structure not in self.profiles and hasattr(self.model, "quantization"):
-            self.profiles[structure] = profile_set(self.model, self.data, self.batch_size)
-        return self.data, self.profiles.get(structure)
+            self.data = job.calibration, CalibrationSet.collect(self.model, self.scheduler, *job.calibration, **how)
+            self.profiles = {}
+        if job.split_inputs not in self.profiles and hasattr(self.model, "quantization"):
+            self.profiles[job.split_inputs] = profile_set(self.model, self.data[1], self.batch_size)
+        return self.data[1], self.profiles.get(job.split_inputs)
 
-    def _engine(self, job):
+    def _engine(self, job: Job) -> str:
         """What samples this job: as wished, but no kernel takes an input whose halves are quantized apart."""
         if not job.weights:
             return "eager"
-        return "compiled" if self.engine == "integer" and job.quantization.get("split_skips") else self.engine
+        return "compiled" if self.engine == "integer" and job.split_inputs else self.engine
 
-    def _runner(self, job):
+    def _runner(self, job: Job) -> nn.Module:
         """What samples the calibrated model: itself, or a compiled graph that all models of its structure share."""
-        if (engine := self._engine(job)) == "eager":
+        if (kind := ENGINES[self._engine(job)]) is None:
             return self.model
-        kind = dict(compiled=Runner, integer=IntegerRunner)[engine]
-        structure = kind, job.steps, DYNAMIC.get(job.method), *job.quantization.items()
+        structure = kind, job.steps, DYNAMIC.get(job.method), job.split_inputs
         if structure not in self.runners:
             self.runners[structure] = kind(self.model, self.scheduler, job.steps)
         self.runners[structure].load(self.model)
         return self.runners[structure]
 
-    def _plain(self):
+    @cached_property
+    def _plain(self) -> nn.Module:
         """What samples the full-precision model."""
-        if self.engine == "eager":
-            return self.model
-        if self.compiled is None:
-            self.compiled = Compiled(copy.deepcopy(self.model))
-        return self.compiled
+        return self.model if self.engine == "eager" else Compiled(copy.deepcopy(self.model))
 
-    def _batches(self, job, model):
-        seeds = range(job.repeat * SEEDS, job.repeat * SEEDS + self.images)
-        yield from sample_batches(model, self.scheduler, seeds, job.steps, self.batch_size, progress=False)
+    def _batches(self, job: Job, model: nn.Module) -> Iterable[Tensor]:
+        batches = sample_batches(model, self.scheduler, self._noise(job.repeat), job.steps, self.batch_size, progress=False)
+        if not self.keep:
+            return batches
+        self.images[job] = torch.cat(list(batches))
+        return [self.images[job]]
 
-    def _clean(self, job):
+    def _clean(self, job: Job) -> Tensor:
         """The full-precision images of a repeat, from the cache or made now; memory-mapped."""
-        self.cache.mkdir(parents=True, exist_ok=True)
-        name = f"{fingerprint(self.model)}-{self.images}-{job.steps}-{self.batch_size}-{job.repeat}"
-        path = self.cache / f"{name}.npy"
+        told_apart = (fingerprint(self.model), len(self.seeds), job.steps, self.batch_size, job.repeat, torch.get_num_threads(),
+                      "eager" if self.engine == "eager" else "compiled")  # fmt: skip
+        path, rows = self.cache / f"{'-'.join(map(str, told_apart))}.npy", 0
         if not path.exists():
-            part, rows = self.cache / f"{name}.{os.getpid()}.part", 0
-            for batch in self._batches(job, self._plain()):
-                if not rows:
-                    shape = (self.images, *batch.shape[1:])
-                    images = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=shape)
-                images[rows : rows + len(batch)] = batch.numpy()
-                rows += len(batch)
-            images.flush()
-            part.replace(path)
-        return np.load(path, mmap_mode="r")
+            self.cache.mkdir(parents=True, exist_ok=True)
+            with beside(path) as part:
+                for batch in self._batches(job, self._plain):
+                    if not rows:
+                        images = np.lib.format.open_memmap(part, "w+", np.float32, (len(self.seeds), *batch.shape[1:]))
+                    images[rows : rows + len(batch)] = batch
+                    rows += len(batch)
+                images.flush()
+        return torch.from_numpy(np.load(path, mmap_mode="c"))
 
-    def _real(self, job, distances):
+    def _real(self, job: Job) -> Iterable[Tensor]:
         """Training images, others in each repeat: what a perfect model of as many images would get."""
-        images = load_images(split="train-10k")
-        first = job.repeat * self.images % len(images)
-        rows = [(first + i) % len(images) for i in range(min(self.images, len(images)))]
-        for part in images[rows].split(500):
-            distances.update(part)
+        images, n = load_images(split="train-10k"), len(self.seeds)
+        return images[[(job.repeat * n + i) % len(images) for i in range(min(n, len(images)))]].split(500)

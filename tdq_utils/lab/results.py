@@ -1,69 +1,107 @@
-"""Rows of results on disk: a CSV that grows by a row at a time and survives a kill."""
+"""Rows of results on disk: a row is a file, and a CSV is gathered from them; any number of processes write one table."""
 
+import hashlib
 import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 import pandas as pd
 
 from tdq_utils.errors import DataError
 
-PROTOCOL = ("images", "sampler", "model", "features")  # must agree in all rows of one table
+PROTOCOL = ("images", "sampler", "model", "features", "threads")  # must agree in all rows of one table
+Row = dict[str, Any]
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` to write to, of nobody else; moved into place at the end, so that a kill leaves no half."""
+    part = path.with_name(f"{path.name}.{uuid4().hex[:8]}.part")
+    try:
+        yield part
+        with open(part) as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 class Table:
-    """Rows on disk, one a job; written whole and renamed, so that a kill at any moment leaves a valid file.
+    """A CSV and, beside it, the folder ``name.rows`` with a file for each row that was added.
 
-    Several processes each write a file of their own, ``name.rank.csv``, and all read them all.
+    Nothing is locked: rows are files of their own, and whoever gathers them gathers all. Rows that the CSV alone holds stay.
 
     Args:
-        path: of the CSV. key: names of the columns that tell rows apart. rank: of this process. world: how many there are.
+        path: of the CSV. keys: the columns that tell rows apart, of every row that is wanted, in the order of the CSV.
     """
 
-    def __init__(self, path, key, rank=0, world=1):
-        self.path, self.key = Path(path), key
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.own = self.path if world == 1 else self.path.with_suffix(f".{rank}.csv")
-        self.rows = read_rows(self.own, key) if self.own.exists() else []
+    def __init__(self, path: str | Path, keys: Sequence[Row]) -> None:
+        self.path, self.folder, self.key = Path(path), Path(path).with_suffix(".rows"), tuple(keys[0])
+        self.order = {tuple(key.values()): i for i, key in enumerate(keys)}
 
-    def everything(self):
-        """The rows of all processes, earlier runs' too: ``{key: row}``."""
-        files = [self.path, *sorted(self.path.parent.glob(f"{self.path.stem}.[0-9]*.csv"))]
-        rows = [row for file in files if file.exists() for row in read_rows(file, self.key)]
-        return {tuple(row[name] for name in self.key): row for row in rows}
+    def rows(self) -> dict[tuple, Row]:
+        """All rows by key, as they are now, in order: those of the CSV, those of the files in their place. DataError: damage."""
+        files = [self.path] if self.path.exists() else []
+        rows = [row for file in (*files, *self._files()) for row in read_rows(file, self.key)]
+        found = {tuple(row[name] for name in self.key): row for row in rows}
+        return dict(sorted(found.items(), key=lambda pair: self.order.get(pair[0], len(self.order))))
 
-    def add(self, row):
-        """Write one row more."""
-        self.rows.append(row)
-        _write(self.own, self.rows)
+    def begin(self, name: str) -> Path | None:
+        """A mark that work of this name has begun, to be removed at its end; ``None`` if there is one already.
 
-    def merge(self, keys):
-        """Gather the rows of all processes in the one file, in the order of ``keys``; remove the others."""
-        rank = {key: i for i, key in enumerate(keys)}
-        rows = self.everything()
-        _write(self.path, [rows[key] for key in sorted(rows, key=lambda key: rank.get(key, len(rank)))])
-        for file in self.path.parent.glob(f"{self.path.stem}.[0-9]*.csv"):
-            file.unlink()
+        Only advice to other processes, which had better take other work first: a mark can be that of one that was killed.
+        """
+        mark = self._file([name], ".begun")
+        try:
+            mark.touch(exist_ok=False)
+            return mark
+        except FileExistsError:
+            return None
+
+    def add(self, row: Row) -> None:
+        """Write one row more, and gather."""
+        _write(self._file((row[name] for name in self.key), ".csv"), [row])
+        self.gather()
+
+    def gather(self) -> None:
+        """Write the CSV from all rows; again if one came meanwhile, for whoever writes last may have read first."""
+        files = None
+        while files != (files := self._files()):
+            _write(self.path, [*self.rows().values()])
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("*.csv"))
+
+    def _file(self, key: Iterable, end: str) -> Path:
+        """Its name holds what can be read of a key, and digits that tell apart what cannot."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = "-".join(map(str, key))
+        digits = hashlib.sha256(text.encode()).hexdigest()[:8]
+        return self.folder / f"{re.sub('[^a-zA-Z0-9.-]+', '_', text)[:120]}-{digits}{end}"
 
 
-def read_rows(path, key=()):
+def _write(path: Path, rows: Sequence[Row]) -> None:
+    with beside(path) as part:
+        pd.DataFrame(rows).to_csv(part, index=False, float_format="%.6g")
+
+
+def read_rows(path: str | Path, key: Sequence[str] = ()) -> list[Row]:
     """The rows of a results file as dicts. DataError: a line that was cut or does not fit the header."""
     try:
         text = Path(path).read_text()
         header, *lines = text.splitlines()
         for number, line in enumerate(lines, start=2):
             if line.count(",") != header.count(",") or (number == len(lines) + 1 and not text.endswith("\n")):
-                raise ValueError(f"line {number} was cut: {line[:60]!r}; delete that line, and it is measured again")
-        frame = pd.read_csv(path, dtype={"model": str})
+                raise ValueError(f"line {number} was cut: {line[:60]!r}")
+        frame = pd.read_csv(path, dtype={"model": str, "variant": str})
         if missing := {*key, *PROTOCOL} - set(frame):
             raise ValueError(f"columns {sorted(missing)} are missing")
         return frame.to_dict("records")
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} must be a results table as `reproduce` writes it: {error}") from error
-
-
-def _write(path, rows):
-    part = path.with_suffix(".part")
-    pd.DataFrame(rows).to_csv(part, index=False, float_format="%.6g")
-    with open(part) as file:
-        os.fsync(file.fileno())
-    part.replace(path)
+        raise DataError(
+            f"{path} must be a table as `reproduce` writes it: {error}; delete that line or file, and it is measured again"
+        ) from error

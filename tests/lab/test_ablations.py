@@ -15,12 +15,15 @@ def test_every_variant_of_every_question_and_each_row_once():
     assert {(question, variant) for question, variants in VARIANTS.items() for variant in variants} <= asked
     moved = [job for job in jobs if job.question == "sampling steps" and job.method == "table" and job.repeat == 0]
     assert [job.steps for job in moved] == list(SAMPLED_STEPS)
-    assert [job.transfers for job in moved] == [steps != CALIBRATED_STEPS for steps in SAMPLED_STEPS]
-    assert {job.calibration for job in moved} == {(32, CALIBRATED_STEPS)}
+    assert {job.calibration for job in moved} == {(range(500_000, 500_032), CALIBRATED_STEPS)}
 
 
 def test_calibration_images_are_the_variant():
-    assert {job.calibration[0] for job in ablation_jobs(1) if job.question == "calibration images"} == {2, 8, 32, 128}
+    images = {job.variant: len(job.calibration[0]) for job in ablation_jobs(1) if job.question == "calibration images"}
+    assert images == {str(n): n for n in (2, 8, 32, 128)}
+    assert {"trajectories", "split_skips"} <= {name for job in ablation_jobs(1) for name in job.choices}
+    assert not {"trajectories", "split_skips"} & {name for job in ablation_jobs(1) for name in job.options}
+    assert {job.variant for job in ablation_jobs(1) if job.split_inputs} == {"one for each half"}
 
 
 def test_variants_reach_the_generator(unet, scheduler, profile):

@@ -1,14 +1,27 @@
+"""Ratios of timings; bytes that are counted by hand."""
+
 from types import SimpleNamespace
 
 import torch
 
-from tdq_utils import calibrate, quantize, restore, sample
-from tdq_utils.lab.bench import GeneratorRunner, bench, bench_integer, machine, memory, time_ratios, where_time_goes
+from tdq_utils import calibrate, quantize, quantized_layers, restore, sample
+from tdq_utils.lab.bench import (
+    bench,
+    bench_integer,
+    generator_runner,
+    machine,
+    memory,
+    peak_bytes,
+    ratios,
+    stored_bytes,
+    time_rounds,
+    where_time_goes,
+)
 from tdq_utils.run.integer import IntegerRunner, to_integer
 
 
 def test_ratios_are_to_the_first_variant():
-    rows = time_ratios({"short": lambda: sum(range(20_000)), "long": lambda: sum(range(2_000_000))}, repeats=3)
+    rows = ratios(time_rounds({"short": lambda: sum(range(20_000)), "long": lambda: sum(range(2_000_000))}, repeats=3))
     assert rows.ratio[0] == rows.ratio_min[0] == 1
     assert rows.ratio[1] > 5
     assert (rows.ratio_min <= rows.ratio).all()
@@ -54,19 +67,46 @@ def test_shares_of_time_add_up(unet, scheduler):
     assert rows.share[0] > 0.02  # convolutions were found under the names they have
 
 
+def test_peak_and_what_is_left():
+    def work():
+        first = torch.ones(1000)  # 4000 bytes
+        second = torch.ones(500)  # 2000 more
+        del second
+        return [first, torch.ones(100)]  # 400 beside the first
+
+    peak, left = peak_bytes(work)
+    assert 6000 <= peak < 6500
+    assert 4400 <= left < 4900
+
+
+def test_bytes_on_disk(unet, scheduler, profile):
+    for weights, a_byte in ((8, 1), (4, 2), (3, 2)):
+        quantize(unet, weights, 8, "mse")
+        layers = quantized_layers(unet).values()
+        expected = sum(-(-layer.weight.numel() // a_byte) + 4 * len(layer.weight) for layer in layers)
+        assert stored_bytes(unet) == expected
+        assert stored_bytes(unet, packed=False) == sum(4 * layer.weight.numel() + 4 * len(layer.weight) for layer in layers)
+        restore(unet)
+
+
 def test_memory_of_8_and_4_bits(unet, scheduler):
     quantize(unet, 8, 8, "mse")
     calibrate(unet, scheduler, range(2), 2, progress=False)
     runner = to_integer(unet, scheduler, 2, compiled=False)
+    weights = sum(layer.weight.numel() for layer in quantized_layers(unet).values())
     restore(unet)
     rows = memory(unet, scheduler, runner, images=2, steps=2).set_index("what")
     assert rows.ratio["weights on disk, 4 bits"] < rows.ratio["weights on disk, 8 bits"] < 1
-    assert len(rows) == 5
+    assert len(rows) == 5 and (rows.fp32 > 0).all() and (rows.ratio == rows.integer / rows.fp32).all()
+    for bits in (8, 4):
+        assert (
+            weights <= rows.integer[f"weights in memory, {bits} bits"] < 4 * weights == rows.fp32[f"weights on disk, {bits} bits"]
+        )
 
 
 def test_generators_on_the_path_give_the_table_s_images(unet, scheduler):
     quantize(unet, 8, 8, "tdq")
     calibrate(unet, scheduler, range(2), 2, iterations=3, progress=False)
-    table, generators = (kind(unet, scheduler, 2, compiled=False) for kind in (IntegerRunner, GeneratorRunner))
+    table, generators = (make(unet, scheduler, 2, compiled=False) for make in (IntegerRunner, generator_runner))
     how = dict(seeds=range(2), steps=2, progress=False)
     assert torch.equal(sample(table, scheduler, **how), sample(generators, scheduler, **how))

@@ -11,8 +11,8 @@ from tdq_utils.errors import TDQError
 from tdq_utils.fit.finetuning import FINETUNED, _Trainer
 from tdq_utils.fit.quantize import METHODS, quantized_layers
 from tdq_utils.lab import reproduce as module
-from tdq_utils.lab.tables import ptq, qat
-from tdq_utils.lab.tables.qat import BITS, FEWEST, HEADLINE, LONGER, QatJob, add_losses, default_trainings, loss_curves, qat_jobs
+from tdq_utils.lab.tables import qat
+from tdq_utils.lab.tables.qat import BITS, FEWEST, HEADLINE, LONGER, QatJob, add_losses, default_trainings, qat_jobs
 
 
 def test_every_method_at_every_pair_of_bits_with_controls_and_each_row_once():
@@ -54,25 +54,10 @@ def test_calibration_alone_has_its_seed_and_training_passes_its_own():
 
 
 @pytest.fixture
-def trained(unet, scheduler, monkeypatch, tmp_path):
-    """Measure jobs on the tiny model, with its own noise for training images and pixels for features."""
-
-    class Pixels:
-        frechet = "fcd"
-
-        def __init__(self, features):
-            self.images = []
-
-        def update(self, images, clean=None):
-            self.images.append(images)
-
-        def compute(self):
-            return dict(fcd=torch.cat(self.images).square().mean().item())
-
-    monkeypatch.setattr(module, "Distances", Pixels)
-    monkeypatch.setattr(ptq, "CALIBRATION", 4)
-    monkeypatch.setattr(module, "_check_images", lambda images, features: None)
-    monkeypatch.setattr(qat, "_training_images", lambda: torch.rand(8, 1, 8, 8) * 2 - 1)
+def trained(small, unet, scheduler, monkeypatch, tmp_path):
+    """Measure jobs on the tiny model, with its own noise for training images."""
+    images = torch.rand(8, 1, 8, 8) * 2 - 1
+    monkeypatch.setattr(qat, "load_images", lambda split: images)
     return lambda jobs: module.reproduce(jobs, unet, scheduler, tmp_path / "qat.csv", 3, batch_size=3, progress=False)
 
 
@@ -87,7 +72,8 @@ def test_trainings_and_controls_side_by_side(trained, unet, tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
     folder = jobs[3].folder(tmp_path / "cache", unet)
     assert len(pd.read_csv(folder / "loss.csv")) == 2
-    curves = loss_curves(jobs, tmp_path / "cache", unet, every=2)
+    add_losses(tmp_path / "losses.csv", jobs, tmp_path / "cache", unet, every=2)
+    curves = pd.read_csv(tmp_path / "losses.csv")
     assert curves.method.tolist() == ["lsq", "tdq", "fine-tuned"]
     assert (curves.iteration == 2).all() and (curves.iterations == 2).all()
     assert curves.loss.tolist() == pytest.approx(table.loss.dropna().tolist(), rel=1e-3)
@@ -97,14 +83,14 @@ def test_trainings_and_controls_side_by_side(trained, unet, tmp_path):
 def test_losses_add_to_those_of_other_trainings(unet, tmp_path):
     jobs = [QatJob("lsq", 4, 4), QatJob("tdq", 4, 4)]
     path = tmp_path / "losses.csv"
-    add_losses(path, loss_curves(jobs, tmp_path, unet))
+    add_losses(path, jobs, tmp_path, unet)
     assert not path.exists()  # nothing was trained
     for job, loss in zip(jobs, (1.0, 2.0), strict=True):
         folder = job.folder(tmp_path / job.method, unet)
         folder.mkdir(parents=True)
         pd.DataFrame(dict(loss=[loss] * 4)).to_csv(folder / "loss.csv", index_label="iteration")
     for cache in ("lsq", "tdq", "nowhere", "tdq"):
-        add_losses(path, loss_curves(jobs, tmp_path / cache, unet, every=3))
+        add_losses(path, jobs, tmp_path / cache, unet, every=3)
     known = pd.read_csv(path)  # the last mean is of one iteration, the fourth
     assert known[["method", "iteration", "loss"]].to_numpy().tolist() == [
         ["lsq", 3, 1.0], ["lsq", 4, 1.0], ["tdq", 3, 2.0], ["tdq", 4, 2.0],
@@ -132,7 +118,7 @@ def test_trained_models_are_frozen_for_the_steps_they_are_sampled_with():
 
 
 def test_a_row_names_what_sampled_it(unet, scheduler, tmp_path):
-    bench = module._Bench(unet, scheduler, 3, 3, "classifier", tmp_path, "integer", False)
+    bench = module.Workbench(unet, scheduler, range(3), tmp_path, engine="integer")
     engines = [bench._engine(job) for job in (QatJob("lsq", 4, 4), QatJob("lsq", 4, 4, split_skips=True), QatJob("fine-tuned"))]
     assert engines == ["integer", "compiled", "eager"]
 

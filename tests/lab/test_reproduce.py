@@ -1,5 +1,6 @@
 """The tables: rows survive kills, are not measured twice, refuse to be mixed; streams equal what they stream."""
 
+import copy
 import os
 import runpy
 import subprocess
@@ -11,11 +12,11 @@ import pandas as pd
 import pytest
 import torch
 
-from tdq_utils.errors import DataError, TDQError
+from tdq_utils.errors import TDQError
 from tdq_utils.lab import reproduce as module
 from tdq_utils.lab.reproduce import reproduce
-from tdq_utils.lab.results import Table, read_rows
-from tdq_utils.lab.tables import ptq
+from tdq_utils.lab.results import read_rows
+from tdq_utils.lab.tables.ablations import Ablation
 from tdq_utils.lab.tables.ptq import BITS, HEADLINE, Job, ptq_jobs
 
 KEY = ("method", "weights", "activations", "repeat", "weights_method", "steps")
@@ -26,32 +27,6 @@ JOBS = [
     Job("dynamic", 8, 4, steps=2),
     Job("mse", 4, 4, 1, steps=2),
 ]
-
-
-@pytest.fixture
-def small(monkeypatch):
-    """Pixels stand in for the classifier's features, which need 28x28 images."""
-
-    class Pixels:
-        frechet = "fcd"
-
-        def __init__(self, features):
-            self.images, self.errors = [], []
-
-        def update(self, images, clean=None):
-            self.images.append(images)
-            if clean is not None:
-                self.errors.append((images - clean).square().flatten(1).mean(1))
-
-        def compute(self):
-            found = dict(fcd=torch.cat(self.images).mean().item(), kid=0.0, kid_se=0.0, inception_score=1.0)
-            if self.errors:
-                found["mse"] = torch.cat(self.errors).mean().item()
-            return found
-
-    monkeypatch.setattr(module, "Distances", Pixels)
-    monkeypatch.setattr(ptq, "CALIBRATION", 4)
-    monkeypatch.setattr(module, "_check_images", lambda images, features: None)
 
 
 def measure(unet, scheduler, out, jobs=JOBS, images=5, **options):
@@ -72,7 +47,7 @@ def test_rows_carry_their_protocol_and_the_model_comes_back(unet, scheduler, tmp
 @pytest.mark.usefixtures("small")
 def test_a_killed_table_goes_on_and_measures_nothing_twice(unet, scheduler, tmp_path, monkeypatch):
     whole = measure(unet, scheduler, tmp_path / "whole.csv")
-    measured, original = [], module._Bench.measure
+    measured, original = [], module.Workbench.measure
 
     def killed(self, job):
         if len(measured) == 2:
@@ -81,42 +56,66 @@ def test_a_killed_table_goes_on_and_measures_nothing_twice(unet, scheduler, tmp_
         return original(self, job)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module._Bench, "measure", killed)
+        patch.setattr(module.Workbench, "measure", killed)
         measure(unet, scheduler, tmp_path / "parts.csv")
     assert len(read_rows(tmp_path / "parts.csv")) == 2
     measured.clear()
-    monkeypatch.setattr(module._Bench, "measure", lambda self, job: (measured.append(job), original(self, job))[1])
+    monkeypatch.setattr(module.Workbench, "measure", lambda self, job: (measured.append(job), original(self, job))[1])
     parts = measure(unet, scheduler, tmp_path / "parts.csv")
-    assert measured == JOBS[2:]
+    assert measured == JOBS[2:] and not list(tmp_path.glob("*/*.begun"))
     pd.testing.assert_frame_equal(parts[["fcd", "mse"]], whole[["fcd", "mse"]], rtol=1e-4)
     assert measure(unet, scheduler, tmp_path / "parts.csv").equals(parts) and measured == JOBS[2:]
 
 
+class State:
+    """Of one process of two."""
+
+    num_processes = 2
+
+    def __init__(self, rank):
+        self.process_index, self.is_main_process = rank, rank == 0
+
+    def wait_for_everyone(self):
+        pass
+
+
 @pytest.mark.usefixtures("small")
-def test_two_processes_give_the_rows_of_one(unet, scheduler, tmp_path, monkeypatch):
+def test_two_ranks_give_the_rows_of_one(unet, scheduler, tmp_path, monkeypatch):
     whole = measure(unet, scheduler, tmp_path / "one.csv")
-
-    class State:
-        num_processes, is_main_process = 2, False
-
-        def __init__(self, rank):
-            self.process_index, self.is_main_process = rank, rank == 0
-
-        def wait_for_everyone(self):
-            pass
-
     for rank in (1, 0):
         monkeypatch.setattr(module, "processes", lambda rank=rank: State(rank))
         table = measure(unet, scheduler, tmp_path / "two.csv")
         assert len(table) == (2 if rank else len(JOBS))
     pd.testing.assert_frame_equal(table[["method", "fcd", "mse"]], whole[["method", "fcd", "mse"]], rtol=1e-4)
-    assert [file.name for file in tmp_path.glob("two*.csv")] == ["two.csv"]
+    assert len(list((tmp_path / "two.rows").iterdir())) == len(JOBS)
+
+
+@pytest.mark.usefixtures("small")
+def test_plain_processes_take_the_next_row_that_is_not_there(unet, scheduler, tmp_path, monkeypatch):
+    """A second process comes while the first measures its second row: each row is measured once, by one of them."""
+    out, original, measured = tmp_path / "t.csv", module.Workbench.measure, []
+
+    def interrupted(bench, job):
+        measured.append(job)
+        if len(measured) == 2:
+            other = copy.deepcopy(bench.model)
+            table = reproduce(JOBS[:4], other, scheduler, out, 5, batch_size=2, progress=False)
+            assert measured == [*JOBS[:2], *JOBS[2:4], JOBS[1]]  # what is begun comes last: whoever began it may be dead
+            assert len(table) == 4
+        return original(bench, job)
+
+    monkeypatch.setattr(module.Workbench, "measure", interrupted)
+    table = measure(unet, scheduler, out)
+    assert measured == [*JOBS[:2], *JOBS[2:4], JOBS[1], JOBS[4]]
+    assert table.method.tolist() == [job.method for job in JOBS]
+    assert [file.suffix for file in (tmp_path / "t.rows").iterdir()] == [".csv"] * len(JOBS)
 
 
 SCRIPT = """
 import sys
 from unittest.mock import patch
-from tdq_utils import fid, load_images, load_model, ptq, reproduce as module
+from tdq_utils import fid, load_images, load_model, reproduce as module
+from tdq_utils.lab.tables import ptq
 
 def few_features(features):  # the KID's reference, of 500 images instead of 10,000
     return fid.extract_features(load_images(split="test")[:500]).float()
@@ -127,7 +126,7 @@ with patch.object(ptq, "CALIBRATION", 2), patch.object(fid, "reference_features"
 """
 
 
-def test_two_real_processes_give_the_rows_of_one(tmp_path, monkeypatch):
+def test_two_real_processes_of_equal_threads_give_the_rows_of_one(tmp_path, monkeypatch):
     """Launched as a user would on a CPU; slow to start, so few and small rows, and this process is the one."""
     script = tmp_path / "table.py"
     script.write_text(SCRIPT)
@@ -137,14 +136,16 @@ def test_two_real_processes_give_the_rows_of_one(tmp_path, monkeypatch):
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
     one, two = (pd.read_csv(tmp_path / name)[["method", "fcd", "kid", "mse"]] for name in ("one.csv", "two.csv"))
     pd.testing.assert_frame_equal(one, two, rtol=1e-3)
-    assert not list(tmp_path.glob("two.*.csv"))
+    assert sorted(path.name for path in tmp_path.glob("two*")) == ["two.csv", "two.rows"]
 
 
 @pytest.mark.usefixtures("small")
 def test_other_protocols_are_refused_before_any_work(unet, scheduler, tmp_path):
     measure(unet, scheduler, tmp_path / "t.csv", JOBS[:1])
     text = (tmp_path / "t.csv").read_text()
-    with pytest.raises(TDQError, match=r"must share images, steps, model and features; .* holds images = 5, this run has 6"):
+    with pytest.raises(
+        TDQError, match=r"must share images, steps, model, features and threads; .* holds images = 5, this run has 6"
+    ):
         measure(unet, scheduler, tmp_path / "t.csv", images=6)
     with pytest.raises(TDQError, match="holds steps = 2, this run has 3"):
         measure(unet, scheduler, tmp_path / "t.csv", [replace(job, steps=3) for job in JOBS])
@@ -155,16 +156,39 @@ def test_other_protocols_are_refused_before_any_work(unet, scheduler, tmp_path):
 
 
 @pytest.mark.usefixtures("small")
-def test_a_cut_line_is_named_and_nothing_is_lost(unet, scheduler, tmp_path):
+def test_rows_of_other_threads_are_refused_unless_asked_for(unet, scheduler, tmp_path, monkeypatch):
     out = tmp_path / "t.csv"
-    measure(unet, scheduler, out, JOBS[:2])
-    out.write_text(cut := out.read_text()[:-20])
-    with pytest.raises(DataError, match="line 3 was cut: 'real images.*delete that line"):
-        measure(unet, scheduler, out)
-    assert out.read_text() == cut
-    out.write_text("method,fcd\nmse,1\n")
-    with pytest.raises(DataError, match="columns .* are missing"):
-        read_rows(out)
+    measure(unet, scheduler, out, JOBS[:1])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    with pytest.raises(TDQError, match=r"holds threads = 1, this run has 7. Set OMP_NUM_THREADS=1, pass --mix-threads, or"):
+        measure(unet, scheduler, out, JOBS[:3])
+    table = measure(unet, scheduler, out, JOBS[:3], mix_threads=True)
+    assert table.threads.tolist() == [1, 7, 7]
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 2  # no row is paired with images of other threads
+
+
+@pytest.mark.usefixtures("small")
+def test_a_training_goes_on_with_equal_threads_alone(unet, tmp_path, monkeypatch):
+    folder = JOBS[2].folder(tmp_path, unet)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert JOBS[2].folder(tmp_path, unet) != folder
+
+
+@pytest.mark.usefixtures("small")
+def test_images_of_another_engine_are_not_taken_for_these(unet, scheduler, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "Compiled", lambda model: model)
+    paths = []
+    for engine in module.ENGINES:
+        module.Workbench(unet, scheduler, range(2), tmp_path, engine=engine)._clean(Job("full precision", steps=2))
+        paths.append(len(list(tmp_path.iterdir())))
+    assert paths == [1, 2, 2]  # both kernels and simulation are paired with the compiled model
+
+
+@pytest.mark.usefixtures("small")
+def test_a_table_meets_steps_that_it_was_not_calibrated_for(unet, scheduler, tmp_path):
+    jobs = [Ablation("table", 8, 4, steps=3, question="sampling steps", calibrated_steps=2), Ablation("mse", 8, 4, steps=3)]
+    table = measure(unet, scheduler, tmp_path / "t.csv", jobs)
+    assert (table.mse > 0).all()
 
 
 def test_too_few_images(unet, scheduler, tmp_path):
@@ -182,7 +206,3 @@ def test_the_table_has_every_setting():
         assert {("tdq", r) for r in range(repeats)} | {("dynamic-sample", 0), ("ptq4dm", 1)} <= found
         assert ("tdq", repeats) not in found
     assert jobs[0] == Job("full precision") and len(ptq_jobs(quick=True)) < len(jobs) / 5
-
-
-def test_a_table_without_rows_is_no_file(tmp_path):
-    assert Table(tmp_path / "t.csv", KEY).everything() == {} and not list(tmp_path.iterdir())

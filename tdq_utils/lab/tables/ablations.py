@@ -1,6 +1,7 @@
 """What makes TDQ work: one question at a time, everything else as in the main table."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tdq_utils.lab.tables.ptq import CALIBRATION, Job
 from tdq_utils.method.generator import RawTime
@@ -8,8 +9,8 @@ from tdq_utils.method.generator import RawTime
 CALIBRATED_STEPS = 50  # for the question of what happens at other numbers of steps
 SAMPLED_STEPS = (10, 20, 50, 100)
 
-# question -> variant -> arguments of calibrate. The published choice comes first.
-VARIANTS = {
+# question -> variant -> what is chosen otherwise. The published choice comes first.
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "encoding of t": {"Fourier features": {}, "raw t": dict(features=RawTime())},
     "initial step size": {
         "the best of each step": {},
@@ -23,8 +24,8 @@ VARIANTS = {
         "each block's output": dict(reconstruct="block"),
         "the predicted noise": dict(reconstruct="noise"),
     },
-    "skip inputs": {"one quantizer": {}, "one for each half": {}},
-    "calibration images": {str(n): {} for n in (CALIBRATION, 2, 8, 128)},
+    "skip inputs": {"one quantizer": {}, "one for each half": dict(split_skips=True)},
+    "calibration images": {str(n): dict(trajectories=n) for n in (CALIBRATION, 2, 8, 128)},
 }
 TRANSFER = "sampling steps"
 
@@ -34,36 +35,21 @@ class Ablation(Job):
     """A row of the ablation table.
 
     Attributes:
-        question: a key of ``VARIANTS``, or "sampling steps". variant: one of its variants, or the name of the method.
+        question: a key of ``VARIANTS``, or "sampling steps". variant: one of its variants; "-": none.
         calibrated_steps: of the trajectories that calibration sees.
     """
 
-    question: str = ""
+    question: str = "-"
     variant: str = "-"
     calibrated_steps: int = 20
 
     @property
-    def calibration(self):
-        """``(trajectories, steps)`` that calibration sees."""
-        return int(self.variant) if self.question == "calibration images" else CALIBRATION, self.calibrated_steps
-
-    @property
-    def options(self):
-        """Further arguments of ``calibrate``."""
-        return {**super().options, **VARIANTS.get(self.question, {}).get(self.variant, {})}
-
-    @property
-    def quantization(self):
-        """Further arguments of ``quantize``."""
-        return dict(split_skips=self.variant == "one for each half")
-
-    @property
-    def transfers(self):
-        """Whether a table meets steps that it was not calibrated for."""
-        return self.steps != self.calibrated_steps
+    def choices(self) -> dict[str, Any]:
+        """What is not as always: the variant."""
+        return {**super().choices, **VARIANTS.get(self.question, {}).get(self.variant, {})}
 
 
-def ablation_jobs(repeats=2, weights=8, activations=5):
+def ablation_jobs(repeats: int = 2, weights: int = 8, activations: int = 5) -> list[Ablation]:
     """The jobs of the ablation table, at one pair of bits: every variant of every question, ``repeats`` times."""
     jobs = []
     for repeat in range(repeats):
@@ -72,13 +58,8 @@ def ablation_jobs(repeats=2, weights=8, activations=5):
             moved = replace(base, question=TRANSFER, calibrated_steps=CALIBRATED_STEPS, steps=steps)
             jobs.append(replace(moved, method="full precision", weights=0, activations=0))
             jobs += [replace(moved, method=method) for method in ("mse", "learned", "table", "tdq")]
-        jobs += [
-            replace(base, question=question, variant=variant) for question, variants in VARIANTS.items() for variant in variants
-        ]
+        jobs += [replace(base, question=question, variant=name) for question, variants in VARIANTS.items() for name in variants]
         # How many images a constant and a table need, beside how many the generator does.
-        jobs += [
-            replace(base, method=method, question="calibration images", variant=variant)
-            for method in ("mse", "table")
-            for variant in VARIANTS["calibration images"]
-        ]
+        images = [replace(base, question="calibration images", variant=name) for name in VARIANTS["calibration images"]]
+        jobs += [replace(job, method=method) for method in ("mse", "table") for job in images]
     return jobs

@@ -1,16 +1,27 @@
 """The table of post-training quantization: what a row is, and which rows there are."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import SchedulerMixin
+from torch import nn
 
 from tdq_utils.denoiser.loading import fingerprint
+from tdq_utils.denoiser.profile import Profile
 from tdq_utils.fit.calibration import calibrate
+from tdq_utils.fit.calibration_set import CalibrationSet
 from tdq_utils.fit.quantize import DYNAMIC, METHODS, quantize
 
+SEEDS = 1_000_000  # repeat r samples the seeds from r * SEEDS on and calibrates on others of the same million
 BITS = ((8, 8), (8, 6), (8, 5), (8, 4), (4, 8), (4, 5))
 HEADLINE = ((8, 6), (8, 5), (4, 5))  # these get a third repeat
 QUICK_BITS = ((8, 5), (4, 5))
 CALIBRATION = 32  # trajectories
+
+Calibrated = Callable[[], tuple[CalibrationSet | None, Profile | None]]
 
 
 @dataclass(frozen=True)
@@ -20,7 +31,7 @@ class Job:
     Attributes:
         method: one of ``METHODS``, "full precision" or "real images". weights, activations: bits, 0 for full precision.
         repeat: number of the noise and calibration seeds. weights_method: "nearest" or "adaround".
-        steps: sampling steps.
+        steps: sampling steps. first_calibrated: seed of a repeat's calibration, counted from its first seed of noise.
     """
 
     method: str
@@ -29,54 +40,54 @@ class Job:
     repeat: int = 0
     weights_method: str = "nearest"
     steps: int = 20
+    first_calibrated: ClassVar[int] = SEEDS // 2
 
     @property
-    def name(self):
-        """Name of the folder for what :meth:`prepare` keeps."""
+    def name(self) -> str:
+        """Of the work that is done for this row: jobs with one name share its folder."""
         return "-".join(map(str, asdict(self).values()))
 
-    def folder(self, cache, model):
-        """Where :meth:`prepare` keeps what it has made of the model."""
-        return Path(cache) / f"{fingerprint(model)}-{self.name}"
+    def folder(self, cache: str | Path, model: nn.Module) -> Path:
+        """Where :meth:`prepare` keeps what it makes of the model, with the number of threads that there are now."""
+        return Path(cache) / f"{fingerprint(model)}-{torch.get_num_threads()}-{self.name}"
 
     @property
-    def calibration(self):
-        """``(trajectories, steps)`` that calibration sees."""
-        return CALIBRATION, self.steps
-
-    @property
-    def options(self):
-        """Further arguments of ``calibrate``."""
+    def choices(self) -> dict[str, Any]:
+        """What is not as always: ``trajectories`` of calibration, ``split_skips`` of ``quantize``, arguments of ``calibrate``."""
         return dict(seed=self.repeat) if self.method in ("learned", "tdq") else {}
 
     @property
-    def quantization(self):
-        """Further arguments of ``quantize``."""
-        return {}
+    def options(self) -> dict[str, Any]:
+        """Further arguments of ``calibrate``."""
+        return {name: value for name, value in self.choices.items() if name not in ("trajectories", "split_skips")}
 
     @property
-    def transfers(self):
-        """Whether a table meets steps that it was not calibrated for."""
-        return False
+    def split_inputs(self) -> bool:
+        """Whether the halves of skip inputs are quantized apart."""
+        return self.choices.get("split_skips", False)
 
-    def prepare(self, model, scheduler, calibration, folder, progress=False):
-        """Quantize and calibrate the model, in place.
+    @property
+    def calibration(self) -> tuple[range, int]:
+        """``(seeds, steps)`` of the trajectories that calibration sees; steps: those of sampling, if the job has no others."""
+        first = self.repeat * SEEDS + self.first_calibrated
+        return range(first, first + self.choices.get("trajectories", CALIBRATION)), getattr(self, "calibrated_steps", self.steps)
+
+    def prepare(self, model: nn.Module, scheduler: SchedulerMixin, calibration: Calibrated, folder: Path,
+                progress: bool = False) -> dict[str, Any]:  # fmt: skip
+        """Quantize and calibrate the model, in place; return further columns of the row.
 
         Args:
             calibration: function -> ``(data, profile)`` that calibration sees; the profile is ``None`` before the model is
                 quantized. folder: for what a long preparation keeps to go on from. progress: show bars.
-
-        Returns:
-            Further columns of the row.
         """
-        quantize(model, self.weights or None, self.activations or None, self.method, **self.quantization)
+        quantize(model, self.weights or None, self.activations or None, self.method, split_skips=self.split_inputs)
         data, profile = calibration()
         weights_method = "adaround" if self.weights_method == "adaround" else None
         calibrate(model, scheduler, data=data, profile=profile, weights_method=weights_method, progress=progress, **self.options)
         return {}
 
 
-def ptq_jobs(quick=False, steps=20, repeats=2):
+def ptq_jobs(quick: bool = False, steps: int = 20, repeats: int = 2) -> list[Job]:
     """The jobs of the table of post-training quantization, most wanted first.
 
     Full precision and real images once a repeat; then every method at every pair of bits, ``repeats`` times and
@@ -86,8 +97,7 @@ def ptq_jobs(quick=False, steps=20, repeats=2):
     bits, repeats = (QUICK_BITS, 1) if quick else (BITS, repeats)
     jobs = []
     for repeat in range(repeats + (not quick)):
-        wanted = bits if repeat < repeats else HEADLINE
-        wanted = sorted(wanted, key=lambda pair: pair not in HEADLINE)
+        wanted = sorted(bits if repeat < repeats else HEADLINE, key=lambda pair: pair not in HEADLINE)
         jobs += [Job("full precision", repeat=repeat), Job("real images", repeat=repeat)]
         jobs += [Job(method, w, a, repeat) for w, a in wanted for method in METHODS]
         if not quick:  # learned rounding of weights matters where they have few bits

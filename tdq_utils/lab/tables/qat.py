@@ -1,18 +1,23 @@
 """The table of quantization-aware training: every method in one loop, with its controls."""
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
+from diffusers import SchedulerMixin
+from torch import nn
 
 from tdq_utils.errors import TDQError
 from tdq_utils.fit.finetuning import FINETUNED, GENERATOR_RATE, STEP_RATE, finetune
 from tdq_utils.fit.quantize import freeze
 from tdq_utils.lab.datasets import load_images
-from tdq_utils.lab.tables.ptq import CALIBRATION, Job
+from tdq_utils.lab.results import beside
+from tdq_utils.lab.tables.ptq import Calibrated, Job
 from tdq_utils.run.storage import save_quantized
 
 BITS = ((4, 4), (3, 3), (4, 8), (8, 8))
@@ -45,42 +50,33 @@ class QatJob(Job):
     split_skips: bool = False
 
     @property
-    def name(self):
+    def name(self) -> str:
         """One training serves every number of sampling steps."""
         return super().name if self.steps == self.calibrated_steps else replace(self, steps=self.calibrated_steps).name
 
     @property
-    def calibration(self):
-        """``(trajectories, steps)`` that calibration sees."""
-        return CALIBRATION, self.calibrated_steps
+    def choices(self) -> dict[str, Any]:
+        """What is not as always; a training gives its seed to calibration itself."""
+        return {**({} if self.iterations else super().choices), **(dict(split_skips=True) if self.split_skips else {})}
 
-    @property
-    def quantization(self):
-        """Further arguments of ``quantize``."""
-        return dict(split_skips=True) if self.split_skips else {}
-
-    @property
-    def options(self):
-        """Further arguments of ``calibrate``, or ``finetune``, which has the seed already."""
-        return {} if self.iterations else super().options
-
-    def trained(self, method, **settings):
+    def trained(self, method: str, **settings: Any) -> Self:
         """The row of a training by ``method`` at the default rates; ``settings``: further fields."""
-        rates = dict(step_rate=STEP_RATE) if method in FINETUNED else {}
-        if rates and FINETUNED[method][1] == "tdq":
-            rates["generator_rate"] = GENERATOR_RATE
-        return replace(self, method=method, **rates, **settings)
+        if source := FINETUNED.get(method, ("", ""))[1]:
+            settings = dict(step_rate=STEP_RATE, generator_rate=GENERATOR_RATE * (source == "tdq")) | settings
+        return replace(self, method=method, **settings)
 
-    def prepare(self, model, scheduler, calibration, folder, progress=False):
+    def prepare(self, model: nn.Module, scheduler: SchedulerMixin, calibration: Calibrated, folder: Path,
+                progress: bool = False) -> dict[str, Any]:  # fmt: skip
         """Train in place, or calibrate. Goes on from ``folder``; leaves there ``loss.csv`` and ``model/``: frozen, packed."""
         if self.iterations == 0:
             return super().prepare(model, scheduler, calibration, folder, progress)
-        data, _ = calibration()
-        bits = dict(weights=self.weights or None, activations=self.activations or None)
         method = "lsq" if self.method == "fine-tuned" else self.method
-        rates = dict(step_rate=self.step_rate, generator_rate=self.generator_rate)
-        how = dict(iterations=self.iterations, batch=self.batch, seed=self.repeat, **rates, **self.quantization, **self.options)
-        losses = finetune(model, scheduler, _training_images(), method, **bits, **how, out=folder, data=data, progress=progress)
+        losses = finetune(
+            model, scheduler, load_images(split="train-10k"), method, weights=self.weights or None,
+            activations=self.activations or None, iterations=self.iterations, batch=self.batch, step_rate=self.step_rate,
+            generator_rate=self.generator_rate, seed=self.repeat, split_skips=self.split_inputs, out=folder, progress=progress,
+            data=calibration()[0], **self.options,
+        )  # fmt: skip
         pd.DataFrame({"loss": losses}).to_csv(folder / "loss.csv", index_label="iteration", float_format="%.5g")
         frozen = copy.deepcopy(model)
         freeze(frozen, scheduler, max(SAMPLED_STEPS))  # whose time steps include those of all the others
@@ -88,13 +84,7 @@ class QatJob(Job):
         return dict(loss=np.mean(losses[-100:]))
 
 
-@cache
-def _training_images():
-    """The 10,000 training images that ship: what every clone has."""
-    return load_images(split="train-10k")
-
-
-def qat_jobs(quick=False, steps=20, iterations=600, batch=64):
+def qat_jobs(quick: bool = False, steps: int = 20, iterations: int = 600, batch: int = 64) -> list[QatJob]:
     """The jobs of the table, most wanted first. ``quick``: W4A4 with LSQ and TDQ alone.
 
     Raises:
@@ -129,7 +119,7 @@ def qat_jobs(quick=False, steps=20, iterations=600, batch=64):
     return list(dict.fromkeys(jobs))
 
 
-def default_trainings(table):
+def default_trainings(table: pd.DataFrame) -> pd.Series:
     """Which rows of the table, or of its loss curves, are trainings as :func:`tdq_utils.fit.finetuning.finetune` does by default.
 
     The others are calibrations, and trainings with other rates, for longer, or with split skips.
@@ -142,27 +132,20 @@ def default_trainings(table):
     return (table.iterations == shortest) & ~table.split_skips & default
 
 
-def loss_curves(jobs, cache, model, every=20):
-    """The losses that the trainings of ``model`` among ``jobs`` left in ``cache``, as means of ``every`` iterations.
+def add_losses(path: str | Path, jobs: Iterable[QatJob], cache: str | Path, model: nn.Module, every: int = 20) -> None:
+    """Write the losses that the trainings of ``model`` among ``jobs`` left in ``cache`` into a CSV; others that it holds stay.
 
-    Returns:
-        DataFrame with columns ``TOLD_APART``, where ``iterations`` is that of the whole training, ``iteration`` (the last of
-        each mean) and ``loss``; empty if there are none.
+    Its columns: ``TOLD_APART``, where ``iterations`` is that of the whole training; ``iteration``, the last of ``every``; and
+    ``loss``, the mean of these. No trainings, no file.
     """
-    parts = [pd.DataFrame(columns=[*TOLD_APART, "iteration", "loss"])]
+    known = [pd.read_csv(path)] if Path(path).exists() else []
     for folder, job in {job.folder(cache, model): job for job in jobs if job.iterations}.items():
         if (folder / "loss.csv").exists():
             loss = pd.read_csv(folder / "loss.csv").loss
             means = loss.groupby(loss.index // every).mean()
             who = {key: getattr(job, key) for key in TOLD_APART}
-            last = np.minimum((means.index + 1) * every, len(loss))
-            parts.append(pd.DataFrame(dict(**who, iteration=last, loss=means)))
-    return pd.concat(parts[1:] or parts, ignore_index=True)
-
-
-def add_losses(path, curves):
-    """Write loss curves into a CSV; those of other trainings that it holds stay."""
-    known = [pd.read_csv(path)] if Path(path).exists() else []
-    if len(curves):
-        key = [*TOLD_APART, "iteration"]
-        pd.concat([*known, curves]).drop_duplicates(key, keep="last").to_csv(path, index=False, float_format="%.5g")
+            known.append(pd.DataFrame(dict(**who, iteration=np.minimum((means.index + 1) * every, len(loss)), loss=means)))
+    if known:
+        with beside(Path(path)) as part:
+            rows = pd.concat(known).drop_duplicates([*TOLD_APART, "iteration"], keep="last")
+            rows.to_csv(part, index=False, float_format="%.5g")

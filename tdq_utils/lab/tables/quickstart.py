@@ -1,110 +1,83 @@
-"""A grid of settings -> tidy rows of distances, each with its protocol."""
+"""The quickstart's table: a few intervals on the same seeds, small enough for a notebook; and what a table says of TDQ."""
 
-import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import ClassVar
 
 import pandas as pd
+from diffusers import SchedulerMixin
+from torch import Tensor, nn
+from tqdm.auto import tqdm
 
+from tdq_utils.denoiser.profile import Profile
 from tdq_utils.denoiser.recording import profile_activations
-from tdq_utils.denoiser.sampling import checked_seeds, sample
-from tdq_utils.errors import TDQError
-from tdq_utils.fit.calibration import calibrate
-from tdq_utils.fit.quantize import freeze, quantize, restore
-from tdq_utils.lab.datasets import load_images
-from tdq_utils.lab.fid import Statistics, extract_features, fcd, frechet_distance, paired_mse, psnr
-from tdq_utils.show.names import NAMES
+from tdq_utils.denoiser.sampling import checked_seeds
+from tdq_utils.lab.reproduce import Workbench
+from tdq_utils.lab.tables.ptq import Job
 
+METHODS = ("minmax", "mse", "learned", "table", "tdq")
+STATIC = ("minmax", "momentum", "percentile", "mse", "ptq4dm", "learned")
 CALIBRATION_SEEDS = range(10_000, 10_032)
+COLUMNS = ("method", "weights", "activations", "images", "steps", "mse", "mse_se", "psnr", "fcd", "seconds")
+Setting = tuple[str, int | None, int | None]
 
 
-def compare(model, scheduler, settings, seeds=range(256), steps=20, calibration_seeds=CALIBRATION_SEEDS, batch_size=16,
-            profile=None, progress=True):  # fmt: skip
+@dataclass(frozen=True)
+class QuickJob(Job):
+    """A row of the quickstart's table: calibrated on ``CALIBRATION_SEEDS``."""
+
+    first_calibrated: ClassVar[int] = CALIBRATION_SEEDS.start
+
+
+def quickstart_jobs(methods: Iterable[str] = METHODS, weights: int = 8, activations: Iterable[int] = (5, 6), steps: int = 20
+                    ) -> list[QuickJob]:  # fmt: skip
+    """Full precision; every method at every number of bits of activations; real images."""
+    jobs = [QuickJob(method, weights, bits, steps=steps) for bits in activations for method in methods]
+    return [QuickJob("full precision", steps=steps), *jobs, QuickJob("real images", steps=steps)]
+
+
+def compare(model: nn.Module, scheduler: SchedulerMixin, settings: Sequence[Setting], seeds: int | Iterable[int] = range(256),
+            steps: int = 20, profile: Profile | None = None, batch_size: int = 16, progress: bool = True
+            ) -> tuple[pd.DataFrame, dict[Setting, Tensor]]:  # fmt: skip
     """Sample the same seeds under each setting and measure how far the images move.
 
     Args:
         model: in full precision, and again so afterwards. scheduler, seeds, steps, batch_size: as for ``sample``.
         settings: list of ``(method, weights, activations)``, such as ``("tdq", 8, 5)``.
-        calibration_seeds: of the trajectory that calibration sees; none of ``seeds`` may be among them.
-        profile: of that trajectory, to use instead of sampling it. progress: show bars.
+        profile: what calibration sees, to use instead of sampling the trajectories of ``CALIBRATION_SEEDS``.
+        progress: show bars.
 
     Returns:
         ``(table, images)``. The table has a row for full precision, one for each setting, and one for real images
         (as many of the training set: the floor): columns ``method``, ``weights``, ``activations`` (bits), ``images``, ``steps``,
         ``mse`` and ``mse_se`` (mean and standard error over images of the squared pixel difference to full precision),
-        ``psnr`` (dB), ``fcd`` (to the 10,000 test images), ``seconds`` (sampling). ``images`` maps
+        ``psnr`` (dB), ``fcd`` (to the 10,000 test images), ``seconds`` (without calibration). ``images`` maps
         ``(method, weights, activations)`` to tensors, full precision under ``("full precision", None, None)``.
 
     Raises:
-        TDQError: a calibration seed that is also evaluated.
+        TDQError: no more images than features (64), a calibration seed that is also evaluated.
     """
-    seeds, calibration_seeds = checked_seeds(seeds), checked_seeds(calibration_seeds)
-    if both := set(seeds) & set(calibration_seeds):
-        raise TDQError(f"Calibration and evaluation must use different seeds; both hold {min(both)}. Move calibration_seeds.")
-    how = dict(steps=steps, batch_size=batch_size, progress=progress)
-    if profile is None:
-        profile = profile_activations(model, scheduler, calibration_seeds, **how)
-    key = ("full precision", None, None)
-    start = time.perf_counter()
-    images = {key: sample(model, scheduler, seeds, **how)}
-    rows = [_row(key, images[key], images[key], steps, time.perf_counter() - start)]
-    for key in settings:
-        method, weights, activations = key
-        quantize(model, weights=weights, activations=activations, method=method)
-        try:
-            calibrate(model, scheduler, profile=profile, progress=progress)
-            freeze(model, scheduler, steps=steps)
-            start = time.perf_counter()
-            images[key] = sample(model, scheduler, seeds, **how)
-            rows.append(_row(key, images[key], images["full precision", None, None], steps, time.perf_counter() - start))
-        finally:
-            restore(model)
-    rows.append(_floor(len(seeds)))
-    return pd.DataFrame(rows), images
+    seeds = checked_seeds(seeds)
+    jobs: dict[Setting, QuickJob] = {("full precision", None, None): QuickJob("full precision", steps=steps)}
+    jobs |= {(method, w, a): QuickJob(method, w or 0, a or 0, steps=steps) for method, w, a in settings}
+    jobs["real images", None, None] = QuickJob("real images", steps=steps)
+    rows = []
+    with TemporaryDirectory() as cache:
+        bench = Workbench(model, scheduler, seeds, Path(cache), batch_size, progress=False, keep=True)
+        bench.check(jobs.values())
+        how = dict(steps=steps, batch_size=batch_size, progress=progress)
+        bench.profile = profile or profile_activations(model, scheduler, CALIBRATION_SEEDS, **how)
+        for (method, w, a), job in tqdm(jobs.items(), desc="compare", disable=not progress):
+            found = bench.measure(job)
+            found["seconds"] -= found["calibration_seconds"]
+            sampled = None if method == "real images" else steps
+            rows.append(dict(method=method, weights=w, activations=a, images=len(seeds), steps=sampled, **found))
+    return pd.DataFrame(rows)[[*COLUMNS]], {key: bench.images[job] for key, job in jobs.items() if job in bench.images}
 
 
-def _row(key, images, clean, steps, seconds):
-    method, weights, activations = key
-    error = paired_mse(images, clean)
-    return dict(
-        method=method,
-        weights=weights,
-        activations=activations,
-        images=len(images),
-        steps=steps,
-        mse=error.mean().item(),
-        mse_se=(error.std() / len(error) ** 0.5).item(),
-        psnr=psnr(images, clean),
-        fcd=fcd(images),
-        seconds=seconds,
-    )
-
-
-def _floor(n):
-    """Real against real: as many training images as a row has, against the reference."""
-    real = extract_features(load_images(split="train-10k")[:n])
-    return dict(method="real images", images=n, fcd=frechet_distance(Statistics.of(real), Statistics.load()))
-
-
-def headline(table):
-    """The table as a reader wants it: setting, bits, images, steps, distances to two significant digits."""
-    bits = [
-        f"W{w:.0f}A{a:.0f}" if w == w and w is not None else "-" for w, a in zip(table.weights, table.activations, strict=True)
-    ]
-    return pd.DataFrame(
-        {
-            "intervals": [NAMES.get(method, method) for method in table.method],
-            "bits": bits,
-            "images": table.images,
-            "steps": [f"{s:.0f}" if s == s else "-" for s in table.steps],
-            "distance to full precision": [f"{v:.2g}" if v == v else "-" for v in table.mse],
-            "FCD": [f"{v:.2g}" for v in table.fcd],
-        }
-    )
-
-
-STATIC = ("minmax", "momentum", "percentile", "mse", "ptq4dm", "learned")
-
-
-def verdict(table, measure="fcd"):
+def verdict(table: pd.DataFrame, measure: str = "fcd") -> pd.DataFrame:
     """Does TDQ beat every static interval, and how near is it to a free value per step? Judged repeat by repeat.
 
     Args:

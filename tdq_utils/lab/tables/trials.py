@@ -1,6 +1,7 @@
 """Short trainings that show what the choices behind the table of training do: rates, the generator, the grid."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tdq_utils.lab.tables.qat import HEADLINE, QatJob
 from tdq_utils.method.generator import RawTime
@@ -11,7 +12,7 @@ TDQ_RATES = ((0, 1), (100, 1), (0, 3), (100, 0.3), (100, 3), (300, 1))
 EIGHT_BITS = (("lsq", "-"), ("pact", "-"), ("pact", "decay 1e-5"), ("pact", "decay 1e-6"))  # what PACT's decay is to eight bits
 
 # What else might decide: variant -> methods that it is tried with, arguments of finetune and calibrate.
-VARIANTS = {
+VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "symmetric grid": (("lsq", "tdq"), dict(shifted=False)),
     "no dropout": (("tdq",), dict(dropout=0.0)),
     "from the best constant": (("tdq",), dict(follow=0.0)),
@@ -33,12 +34,12 @@ class Trial(QatJob):
     variant: str = "-"
 
     @property
-    def options(self):
-        """Further arguments of ``finetune`` and ``calibrate``."""
-        return {**super().options, **(VARIANTS[self.variant][1] if self.variant in VARIANTS else {})}
+    def choices(self) -> dict[str, Any]:
+        """What is not as always: the variant."""
+        return {**super().choices, **(VARIANTS[self.variant][1] if self.variant in VARIANTS else {})}
 
 
-def trial_jobs(iterations=150, batch=64):
+def trial_jobs(iterations: int = 150, batch: int = 64) -> list[Trial]:
     """The jobs of the table of trials, at W4A4 (``EIGHT_BITS``: W8A8): several rates, and variants of one thing at a time."""
     untrained = Trial("full precision", iterations=0, batch=0, step_rate=0.0)
     start = replace(untrained, weights=HEADLINE[0], activations=HEADLINE[1], iterations=iterations, batch=batch)

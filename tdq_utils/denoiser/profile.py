@@ -26,6 +26,7 @@ class Profile:
         least, greatest, mean, std: ``"layer step"`` float64, in the units of the activations.
         counts: histogram ``"layer step bin"`` int64 over [-limit, limit].
         limit: ``"layer step"`` float64.
+        model: fingerprint of the model that it was recorded on; "": unknown.
     """
 
     layers: list
@@ -36,6 +37,7 @@ class Profile:
     std: np.ndarray
     counts: np.ndarray
     limit: np.ndarray
+    model: str = ""
     # What best_steps has searched for already: a profile does not change, and calibrators, drift and figures all ask.
     searched: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -154,4 +156,4 @@ class Profile:
     def load(path):
         """Read a profile that :meth:`save` wrote."""
         with np.load(path) as data:
-            return Profile(**{**dict(data), "layers": data["layers"].tolist()})
+            return Profile(**{**dict(data), "layers": data["layers"].tolist(), "model": str(data.get("model", ""))})

@@ -197,7 +197,10 @@ def restore(model):
 
 @contextmanager
 def full_precision(model):
-    """While open, a quantized model is its full-precision self."""
+    """While open, a quantized model is its full-precision self; one that is not quantized is that already."""
+    if not hasattr(model, "quantization"):
+        yield model
+        return
     twins = _remove(model)
     try:
         yield model

@@ -45,8 +45,8 @@ def calibrate(model: nn.Module, scheduler: Any = None, seeds: int | Iterable[int
     * ``"table"``: one for each t visited, least squared error at that t, by exhaustive search.
     * ``"tdq"``: a generator s(t) for each layer (So et al. 2023), by descending the error.
 
-    "mse" and "table", and "learned" and "tdq", differ in nothing but the dependence on t. For ``"dynamic"`` and
-    ``"dynamic-sample"`` nothing is measured; a model quantized with the one can change to the other.
+    "mse" and "table", and "learned" and "tdq", differ in nothing but the dependence on t. ``"dynamic"`` and
+    ``"dynamic-sample"`` measure nothing; a model can change from the one to the other.
 
     Args:
         model: quantized, in evaluation mode; its quantizers step aside while the trajectory is measured.
@@ -83,8 +83,8 @@ def calibrate(model: nn.Module, scheduler: Any = None, seeds: int | Iterable[int
         for quantizer in activation_quantizers(model).values():
             quantizer.step = DynamicStep(DYNAMIC[method]).eval()
     elif chooses:
-        weighted = method == "ptq4dm" and profile is None and source.at == "skewed"
-        chooser = CHOOSERS["mse" if weighted else method]
+        skewed = profile is None and source.at == "skewed"  # then t has its weight already
+        chooser = CHOOSERS["mse" if method == "ptq4dm" and skewed else method]
         _choose(model, chooser, profile or profile_set(model, source), shifted, progress, options)
     state.method = method
     if reconstruct != "input":
@@ -102,9 +102,7 @@ def _checked_method(state, method, reconstruct, weights_method):
     if weights_method not in (None, "adaround"):
         raise TDQError(f"weights_method must be None (nearest level) or 'adaround'; got {weights_method!r}.")
     if weights_method and state.weights is None:
-        raise TDQError(
-            "'adaround' rounds quantized weights; this model's are in full precision. Call quantize(model, weights=4)."
-        )
+        raise TDQError("'adaround' rounds quantized weights; these are in full precision. Call quantize(model, weights=4) first.")
     return method
 
 
@@ -112,8 +110,7 @@ def _check_options(method, options, shifted):
     if method in DYNAMIC and not shifted:
         raise TDQError(f"shifted=False belongs to methods that measure ranges; {method!r} chooses a grid for every input.")
     functions = (_tdq, StepGenerator) if method == "tdq" else () if method in DYNAMIC else (CHOOSERS[method],)
-    accepted = [name for function in functions for name in inspect.signature(function).parameters]
-    accepted = [name for name in accepted if name not in ("p", "s_0", "generator")]
+    accepted = [n for f in functions for n in inspect.signature(f).parameters if n not in ("p", "s_0", "generator")]
     if unknown := set(options) - set(accepted):
         raise TDQError(f"{method!r} takes {', '.join(accepted) or 'no options'}; got {min(unknown)!r}.")
     for name in OPTIONS.keys() & options:
@@ -127,18 +124,14 @@ def _source(model, scheduler, making, data, profile, samples, chooses, progress)
     profiled = profile is not None and not samples
     unused = [*(making if data is not None or profiled else ()), *(["data"] if data is not None and profiled else ())]
     if unused:
-        raise TDQError(
-            f"calibrate takes one input, data (or what makes it) or a profile; got more. Leave out {', '.join(unused)}."
-        )
+        raise TDQError(f"calibrate takes one input: data (or what makes it), or a profile. Leave out {', '.join(unused)}.")
     for known, what in ((data, "calibration set"), (profile, "profile")):
         if known is not None:
             check_made_by(model, known.model, what)
     if data is not None or not (samples or (chooses and profile is None)):
         return data
     if scheduler is None:
-        raise TDQError(
-            "calibrate needs samples to run the model on; got none. Pass data, or scheduler, seeds and steps to make it."
-        )
+        raise TDQError("calibrate needs samples to run the model on; got none. Pass data, or scheduler, seeds and steps.")
     return CalibrationSet.collect(model, scheduler, progress=progress, **making)
 
 
@@ -211,10 +204,6 @@ def _ptq4dm(p):
     return StaticStep(mse_step(values.reshape(1, -1), p.grid, counts.reshape(1, -1))[0])
 
 
-def _learned(p, iterations=100, rate=5e-3, seed=0, start="mse"):
-    return fit(p, LearnedStep, iterations, rate, start)
-
-
 def _tdq(p, iterations=100, rate=5e-3, seed=0, start="mse", follow=0.5, **generator):
     return fit(p, partial(StepGenerator, **generator), iterations, rate, start, follow)
 
@@ -274,7 +263,7 @@ CHOOSERS = {
     "percentile": _percentile,
     "mse": lambda p: StaticStep(p.best_steps()[0]),
     "ptq4dm": _ptq4dm,
-    "learned": _learned,
+    "learned": lambda p, iterations=100, rate=5e-3, seed=0, start="mse": fit(p, LearnedStep, iterations, rate, start),
     "table": lambda p: TableStep(p.t, p.best_steps()[1]),
     "tdq": _tdq,
 }

@@ -36,7 +36,7 @@ def finetune(model: nn.Module, scheduler: Any, images: torch.Tensor, method: str
     """Quantize a full-precision model, calibrate it, and train it on the ordinary denoising loss, in place.
 
     Each sample has its own t, so s(t) has one value a sample; afterwards :func:`tdq_utils.fit.quantize.freeze` turns it into
-    a table. AdamW; linear warm-up, cosine fall to zero.
+    a table. AdamW; linear warm-up, cosine fall to zero. Returns the loss of each iteration.
 
     Args:
         model, scheduler: full precision, evaluation mode; :func:`tdq_utils.fit.quantize.restore` gives it back bit for bit.
@@ -56,9 +56,6 @@ def finetune(model: nn.Module, scheduler: Any, images: torch.Tensor, method: str
         decay: of PACT's alpha (:func:`tdq_utils.method.rules.pact`); the other rules have none. progress: show bars.
         out: folder for the state, saved every minute; a run found there goes on, with the same losses bit for bit.
         calibration: ``data`` or ``profile`` and other arguments of :func:`tdq_utils.fit.calibration.calibrate`.
-
-    Returns:
-        The loss of each iteration.
 
     Raises:
         TDQError: unknown method, a quantized model, a setting out of range, an ``out`` that holds a run with other

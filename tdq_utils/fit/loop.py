@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -53,6 +52,8 @@ class Trainer:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, ema_decay: float, path: Path | None = None,
                  clip: float = 1.0):  # fmt: skip
+        from diffusers.training_utils import EMAModel  # seconds, and sampling needs none of it
+
         self.model, self.optimizer, self.path, self.clip = model, optimizer, path, clip
         # The last bits of the sum are those of the lerp_ that the shipped UNet and the tables of training were made with
         # (measured: after 150 iterations none of two million values differs); with foreach=False they are not.

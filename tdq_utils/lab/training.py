@@ -5,10 +5,11 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import save_file
 from torch import nn
@@ -71,7 +72,7 @@ def train_unet(out: str | Path, iterations: int = 5400, batch: int = 128, seed: 
     images = load_images(split="train", root=root).to(device)
     scheduler = DDIMScheduler(**SCHEDULER)
     torch.manual_seed(seed)
-    model = UNet2DModel(**UNET).to(device, memory_format=torch.channels_last)
+    model: Any = UNet2DModel(**UNET).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     loss_of = partial(denoising_loss, model, images, scheduler, batch)
     if compiled:
@@ -126,7 +127,7 @@ def _gradients(model, loss):
     return gradients
 
 
-def export(folder: Path, pipeline: DiffusionPipeline, log: list[float], every: int = 50) -> Path:
+def export(folder: Path, pipeline: Any, log: list[float], every: int = 50) -> Path:
     """A pipeline in diffusers' layout, and beside it ``loss.csv``: the loss curve as means of 50 steps."""
     pipeline.save_pretrained(folder)
     with open(folder / "loss.csv", "w", newline="") as file:

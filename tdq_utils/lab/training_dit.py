@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiTPipeline, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
@@ -61,7 +62,7 @@ def train_dit(out: str | Path, iterations: int = 8000, batch: int = 128, seed: i
     out.mkdir(parents=True, exist_ok=True)
     images, labels = load_images(split="train", root=root, labels=True)
     torch.manual_seed(seed)
-    model = DiTTransformer2DModel(**DIT)
+    model: Any = DiTTransformer2DModel(**DIT)
     for module in model.modules():
         if isinstance(module, LabelEmbedding):
             module.dropout_prob = 0.0  # each block would drop labels of its own: they are dropped before the model instead

@@ -29,9 +29,20 @@ def errors(model, profile):
     ])  # fmt: skip
 
 
+class OneLayer(nn.Module):
+    """A denoiser of one layer, which t does not change."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, sample, timestep):
+        return self.layer(sample)
+
+
 def one_layer(profile, method, bits=4, **options):
     """A model with one layer, calibrated on a synthetic profile: its relative error, and the model."""
-    model = nn.Sequential(nn.Linear(2, 2)).eval()
+    model = OneLayer().eval()
     quantize(model, None, bits, method, keep=[])
     calibrate(model, None, profile=profile, progress=False, **options)
     return errors(model, profile).sum().item(), model
@@ -60,19 +71,19 @@ def test_errors_are_in_the_order_of_freedom(unet, profile, bits):
 
 def test_tdq_follows_a_drifting_range(drifting):
     """Range four times as wide at t = 0: the generator gets nearly what a free value at each step would."""
-    profile = drifting(**{"0": torch.linspace(1, 4, 8).tolist()})
+    profile = drifting(**{"layer": torch.linspace(1, 4, 8).tolist()})
     static, learned, table = (one_layer(profile, method)[0] for method in ("mse", "learned", "table"))
     tdq, model = one_layer(profile, "tdq", iterations=150)
     assert static <= learned < 1.02 * static  # the search finds the least; LSQ's gradient settles nearby
     assert table < static / 1.1
     assert 0.99 * table <= tdq < table + 0.1 * (static - table)
-    s = steps_of(model[0], profile.t)
+    s = steps_of(model.layer, profile.t)
     assert 3 < s[-1] / s[0] < 5 and (s.diff() > 0).all()
 
 
 def test_tdq_transfers_to_other_steps(drifting):
     """Fitted at every other t, s(t) beats the static value also at the t between; a table has nothing to say there."""
-    profile = drifting(**{"0": torch.linspace(1, 4, 15).tolist()})
+    profile = drifting(**{"layer": torch.linspace(1, 4, 15).tolist()})
     tables = {key: getattr(profile, key)[:, ::2] for key in ("least", "greatest", "mean", "std", "counts", "limit")}
     half = replace(profile, t=profile.t[::2], **tables)
     static, tdq = (errors(one_layer(half, method)[1], profile)[:, 1::2].sum() for method in ("mse", "tdq"))
@@ -82,7 +93,7 @@ def test_tdq_transfers_to_other_steps(drifting):
 
 
 def test_tdq_without_drift_is_static(drifting):
-    profile = drifting(**{"0": [1.0] * 8})
+    profile = drifting(**{"layer": [1.0] * 8})
     static, tdq = one_layer(profile, "mse")[0], one_layer(profile, "tdq", iterations=100)[0]
     assert tdq < 1.02 * static
 
@@ -91,7 +102,7 @@ def test_layers_of_any_scale_learn_alike(drifting):
     """The loss is relative: activations 1000 times as small are fitted as well."""
     ratios = []
     for scale in (1, 1e-3):
-        profile = drifting(**{"0": (scale * torch.linspace(1, 4, 4)).tolist()})
+        profile = drifting(**{"layer": (scale * torch.linspace(1, 4, 4)).tolist()})
         ratios.append(one_layer(profile, "tdq", iterations=60)[0] / one_layer(profile, "mse")[0])
     assert ratios[0] == pytest.approx(ratios[1], abs=0.1) and max(ratios) < 1
 
@@ -138,12 +149,12 @@ def test_a_profile_stands_for_sampling(calibrated, unet, scheduler, method):
 
 def test_generators_depend_on_their_seed_alone(drifting):
     """And fitting them leaves the global random numbers alone."""
-    profile = drifting(**{"0": [1.0, 2.0]})
+    profile = drifting(**{"layer": [1.0, 2.0]})
     model = one_layer(profile, "mse")[1]
     weights, state = [], torch.get_rng_state()
     for seed in (0, 0, 1):
         calibrate(model, None, method="tdq", profile=profile, iterations=3, seed=seed, progress=False)
-        weights.append(model[0].activation.step.mlp[-1].weight)
+        weights.append(model.layer.activation.step.mlp[-1].weight)
         assert torch.equal(torch.get_rng_state(), state)
         torch.manual_seed(7)
         state = torch.get_rng_state()
@@ -229,7 +240,7 @@ def test_more_than_is_used_is_refused(unet, scheduler, data):
         (dict(data=data, profile=profile, seeds=range(2)), "seeds, data"),
         (dict(data=data, profile=profile, seeds=range(2), weights_method="adaround"), "seeds"),
     ]:  # fmt: skip
-        with pytest.raises(TDQError, match=f"one input, .* got more. Leave out {unused}."):
+        with pytest.raises(TDQError, match=f"takes one input: data .*, or a profile. Leave out {unused}."):
             calibrate(unet, scheduler, progress=False, **given)
 
 

@@ -129,7 +129,7 @@ def test_bad_input(unet, scheduler, method, options, message):
 
 def test_there_must_be_something_to_learn(unet, scheduler, data, calibrated):
     quantize(unet, None, 8, "tdq")
-    with pytest.raises(TDQError, match="this model's are in full precision. Call quantize"):
+    with pytest.raises(TDQError, match="rounds quantized weights; these are in full precision. Call quantize"):
         calibrate(unet, scheduler, data=data, weights_method="adaround")
     with pytest.raises(TDQError, match="adaround needs step sizes that learn, or weights on a grid; got none"):
         adaround(unet, data, progress=False)

@@ -204,6 +204,10 @@ def _ptq4dm(p):
     return StaticStep(mse_step(values.reshape(1, -1), p.grid, counts.reshape(1, -1))[0])
 
 
+def _learned(p, iterations=100, rate=5e-3, seed=0, start="mse"):
+    return fit(p, LearnedStep, iterations, rate, start)
+
+
 def _tdq(p, iterations=100, rate=5e-3, seed=0, start="mse", follow=0.5, **generator):
     return fit(p, partial(StepGenerator, **generator), iterations, rate, start, follow)
 
@@ -263,7 +267,7 @@ CHOOSERS = {
     "percentile": _percentile,
     "mse": lambda p: StaticStep(p.best_steps()[0]),
     "ptq4dm": _ptq4dm,
-    "learned": lambda p, iterations=100, rate=5e-3, seed=0, start="mse": fit(p, LearnedStep, iterations, rate, start),
+    "learned": _learned,
     "table": lambda p: TableStep(p.t, p.best_steps()[1]),
     "tdq": _tdq,
 }

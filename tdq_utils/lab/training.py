@@ -72,7 +72,8 @@ def train_unet(out: str | Path, iterations: int = 5400, batch: int = 128, seed: 
     images = load_images(split="train", root=root).to(device)
     scheduler = DDIMScheduler(**SCHEDULER)
     torch.manual_seed(seed)
-    model: Any = UNet2DModel(**UNET).to(device, memory_format=torch.channels_last)
+    model: Any = UNet2DModel(**UNET)
+    model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     loss_of = partial(denoising_loss, model, images, scheduler, batch)
     if compiled:

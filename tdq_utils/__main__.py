@@ -47,6 +47,13 @@ def train_unet(args: Namespace) -> None:
     print(f"EMA weights: {folder}")
 
 
+def train_dit(args: Namespace) -> None:
+    """Train the second denoiser that ships, a transformer with classes."""
+    from tdq_utils.lab.training_dit import train_dit as train
+
+    print(f"EMA weights: {train(args.out, args.iterations, args.batch, args.seed, root=args.root)}")
+
+
 def train_classifier(args: Namespace) -> None:
     """Train the feature classifier and measure the reference statistics."""
     from tdq_utils.lab.training import train_classifier as train
@@ -156,7 +163,8 @@ def parser() -> ArgumentParser:
         return sub
 
     command(demo, "runs", model=False)
-    _training_options(command(train_unet, "runs/unet", model=False), command(train_classifier, "runs/classifier", model=False))
+    trainings = ((train_unet, "unet"), (train_dit, "dit"), (train_classifier, "classifier"))
+    _training_options(*(command(train, f"runs/{name}", model=False) for train, name in trainings))
     _calibrate_options(command(calibrate, "runs/calibrated"))
     _reproduce_options(command(reproduce, "runs/TABLE.csv"))
     sub = command(bench, "runs/bench")
@@ -165,12 +173,13 @@ def parser() -> ArgumentParser:
     return top
 
 
-def _training_options(unet: ArgumentParser, classifier: ArgumentParser) -> None:
-    for sub, steps, default in ((unet, "iterations", 5400), (classifier, "epochs", 8)):
+def _training_options(unet: ArgumentParser, dit: ArgumentParser, classifier: ArgumentParser) -> None:
+    for sub, steps, default in ((unet, "iterations", 5400), (dit, "iterations", 8000), (classifier, "epochs", 8)):
         sub.add_argument(f"--{steps}", type=int, default=default, help=f"{steps} of training")
         sub.add_argument("--seed", type=int, default=0, help="of weights and data order")
         sub.add_argument("--root", type=Path, help="folder with the full Fashion-MNIST (IDX files)")
-    unet.add_argument("--batch", type=int, default=128, help="images an iteration")
+    for sub in (unet, dit):
+        sub.add_argument("--batch", type=int, default=128, help="images an iteration")
     unet.add_argument("--compile", action="store_true", help="through torch.compile (needs a C++ compiler)")
     unet.add_argument("--device", default="cpu", help="cpu or cuda")
 

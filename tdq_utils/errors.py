@@ -1,4 +1,8 @@
-"""The kit's own exceptions. Each message states the rule, the value received and the fix."""
+"""The kit's own exceptions, each with the rule, the value received and the fix; and the rules for plain numbers."""
+
+import math
+from numbers import Integral, Real
+from typing import Any
 
 
 class TDQError(ValueError):
@@ -7,3 +11,20 @@ class TDQError(ValueError):
 
 class DataError(TDQError):
     """A data file or model that is missing, corrupted or unknown."""
+
+
+_KINDS = {
+    "count": ("a whole number, 1 or more", lambda v: v >= 1 and isinstance(v, Integral)),
+    "share": ("a number from 0 to 1", lambda v: 0 <= v <= 1),
+    "percent": ("a number above 0 and at most 100", lambda v: 0 < v <= 100),
+    "amount": ("a finite number, 0 or more", lambda v: 0 <= v < math.inf),
+    "positive": ("a finite number above 0", lambda v: 0 < v < math.inf),
+}
+
+
+def check(kind: str, **values: Any) -> None:
+    """Refuse numbers that are not of a ``kind``: "count", "share", "percent", "amount" or "positive". TDQError: one is not."""
+    rule, holds = _KINDS[kind]
+    for name, value in values.items():
+        if not isinstance(value, Real) or not holds(value):
+            raise TDQError(f"{name} must be {rule}; got {value!r}.")

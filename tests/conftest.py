@@ -107,7 +107,7 @@ def calibrated(unet, scheduler, profile):
     def make(method, weights=8, activations=5):
         quantize(unet, weights, activations, method)
         options = {"iterations": 3} if method in ("learned", "tdq") else {}
-        calibrate(unet, scheduler, steps=STEPS, profile=profile, progress=False, **options)
+        calibrate(unet, scheduler, profile=profile, progress=False, **options)
         return unet
 
     return make

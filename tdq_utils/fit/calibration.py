@@ -1,6 +1,9 @@
 """Post-training quantization: measure the model's own trajectory, then choose every step size."""
 
 import inspect
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,36 +11,33 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from tdq_utils.denoiser.call import device_of
-from tdq_utils.denoiser.loading import fingerprint
+from tdq_utils.denoiser.profile import Profile
 from tdq_utils.denoiser.recording import as_profile, recording
-from tdq_utils.errors import TDQError
+from tdq_utils.errors import TDQError, check
 from tdq_utils.fit import reconstruction
-from tdq_utils.fit.calibration_set import CalibrationSet, skewed_density
-from tdq_utils.fit.quantize import (
-    CALIBRATED,
-    DYNAMIC,
-    METHODS,
-    activation_quantizers,
-    checked_state,
-    full_precision,
-    quantized_layers,
-)
+from tdq_utils.fit.calibration_set import CalibrationSet, check_eval, check_made_by, skewed_density
+from tdq_utils.fit.quantize import DYNAMIC, activation_quantizers, checked_state, full_precision, quantized_layers
 from tdq_utils.method.generator import StepGenerator
 from tdq_utils.method.grid import mse_step, squared_error
-from tdq_utils.method.step_sizes import LearnedStep, StaticStep, TableStep
+from tdq_utils.method.step_sizes import DynamicStep, LearnedStep, StaticStep, StepSize, TableStep
+
+STARTS = ("mse", "std", "lsq")
+OPTIONS = dict(iterations="count", rate="positive", momentum="share", follow="share", percentile="percent")
 
 
-def calibrate(model, scheduler, seeds=range(64), steps=20, method=None, data=None, profile=None, reconstruct="input",
-              weights_method=None, shifted=True, progress=True, **options):  # fmt: skip
+def calibrate(model: nn.Module, scheduler: Any = None, seeds: int | Iterable[int] | None = None, steps: int | None = None,
+              method: str | None = None, data: CalibrationSet | None = None, profile: Profile | None = None,
+              reconstruct: str = "input", weights_method: str | None = None, shifted: bool = True, progress: bool = True,
+              **options: Any) -> None:  # fmt: skip
     """Choose the step size of every quantized layer's input from full-precision activations.
 
     The full-precision model runs on samples of its own trajectory (``data``) while each (layer, t) keeps a histogram
-    (:mod:`tdq_utils.denoiser.recording`). All methods then look at the squared error of quantizing those same activations.
-    One value a layer:
+    (``profile``). All methods then look at the squared error of quantizing those same activations. One value a layer:
 
     * ``"minmax"``: truncates nothing. ``"momentum"``: the same range, averaged over batches by a moving average.
     * ``"percentile"``: truncates what lies beyond a percentile of the magnitude (option ``percentile``, default 99.9).
-    * ``"mse"``: least squared error, by exhaustive search. ``"ptq4dm"``: the same, with t weighted as PTQ4DM draws it.
+    * ``"mse"``: least squared error, by exhaustive search. ``"ptq4dm"``: the same, with t weighted as PTQ4DM draws it (a set
+      made with ``at="skewed"`` has that weight already and gets no other).
     * ``"learned"``: by descending the squared error.
 
     A value that depends on t:
@@ -45,82 +45,104 @@ def calibrate(model, scheduler, seeds=range(64), steps=20, method=None, data=Non
     * ``"table"``: one for each t visited, least squared error at that t, by exhaustive search.
     * ``"tdq"``: a generator s(t) for each layer (So et al. 2023), by descending the error.
 
-    "mse" and "table", and "learned" and "tdq", differ in nothing but the dependence on t.
-
-    * ``"dynamic"``, ``"dynamic-sample"``: nothing to do.
+    "mse" and "table", and "learned" and "tdq", differ in nothing but the dependence on t. ``"dynamic"`` and
+    ``"dynamic-sample"`` measure nothing; a model can change from the one to the other.
 
     Args:
-        model: quantized; its quantizers step aside while the trajectory is measured.
-        scheduler, seeds, steps: the trajectory, as for :func:`tdq_utils.denoiser.sampling.sample`.
+        model: quantized, in evaluation mode; its quantizers step aside while the trajectory is measured.
+        scheduler, seeds, steps: a short way to ``data``, as for :func:`tdq_utils.denoiser.sampling.sample` (default: 64 images,
+            20 steps); of ``options``, ``batch_size`` and ``condition`` belong to it, too.
         method: default, the method that :func:`tdq_utils.fit.quantize.quantize` was given.
-        data: a :class:`tdq_utils.fit.calibration_set.CalibrationSet` to use instead of sampling one.
-        profile: a :class:`tdq_utils.denoiser.profile.Profile` of this model to use instead of running it on the data.
+        data: the :class:`tdq_utils.fit.calibration_set.CalibrationSet` to run the model on.
+        profile: a :class:`tdq_utils.denoiser.profile.Profile` of this model, instead of data; beside it where
+            ``reconstruct`` or ``weights_method`` needs samples.
         reconstruct: for "learned" and "tdq", the error that is descended: of each layer's ``"input"``, or after that
             of each ``"block"``'s output or of the predicted ``"noise"`` (:func:`tdq_utils.fit.reconstruction.refine`).
         weights_method: ``"adaround"`` to learn whether each weight is rounded up or down
             (:func:`tdq_utils.fit.reconstruction.adaround`); default: to the nearest level.
         shifted: give inputs that follow SiLU, GELU or ReLU a shifted or unsigned grid (:class:`tdq_utils.method.grid.Grid`);
-            ``False``: every grid is symmetric, for hardware without zero points.
-        progress: show bars.
-        options: ``batch_size`` and ``condition`` of ``sample``; those of the method, such as ``percentile``;
-            for "learned" and "tdq", ``iterations``, ``rate``, ``seed`` and ``start`` of :func:`fit`; for "tdq", the arguments
-            of :class:`tdq_utils.method.generator.StepGenerator`.
+            ``False``: every grid is symmetric, for hardware without zero points. progress: show bars.
+        options: of the method: ``percentile``; ``momentum``; of "learned" and "tdq", ``seed`` and those of :func:`fit`; of "tdq",
+            those of :class:`tdq_utils.method.generator.StepGenerator`, too.
 
     Raises:
-        TDQError: not quantized, unknown method or target, an option of another method (``shifted=False`` for a
-            dynamic one), no seeds, a profile that lacks a layer, data of another model.
+        TDQError: not quantized, in training mode, unknown method or target, an option of another method (``shifted=False``
+            for a dynamic one) or out of range, an input that is missing, of another model, or more than is used.
     """
     state = checked_state(model)
+    check_eval(model)
     method = _checked_method(state, method or state.method, reconstruct, weights_method)
-    sampling = {key: options.pop(key) for key in ("batch_size", "condition") if key in options}
-    chooser = None if method in DYNAMIC else CHOOSERS[method]
-    if chooser is None and not shifted:
-        raise TDQError(f"shifted=False belongs to methods that measure ranges; {method!r} chooses a grid for every input.")
-    _check_options(method, chooser, options)
-    if data is not None:
-        data.check(model)
-    elif weights_method or reconstruct != "input" or (profile is None and chooser and state.activations):
-        data = CalibrationSet.collect(model, scheduler, seeds, steps, progress=progress, **sampling)
+    making = dict(seeds=seeds, steps=steps, batch_size=options.pop("batch_size", None), condition=options.pop("condition", None))
+    making = {key: value for key, value in making.items() if value is not None}
+    _check_options(method, options, shifted)
+    samples, chooses = bool(weights_method) or reconstruct != "input", method not in DYNAMIC and state.activations is not None
+    source = _source(model, scheduler, making, data, profile, samples, chooses, progress)
     if weights_method:
-        reconstruction.adaround(model, data, progress=progress)
-    if chooser is None or state.activations is None:
-        return
-    _choose(model, chooser, profile or profile_set(model, data), shifted, progress, options)
+        reconstruction.adaround(model, source, progress=progress)
+    if method in DYNAMIC:
+        for quantizer in activation_quantizers(model).values():
+            quantizer.step = DynamicStep(DYNAMIC[method]).eval()
+    elif chooses:
+        skewed = profile is None and source.at == "skewed"  # then t has its weight already
+        chooser = CHOOSERS["mse" if method == "ptq4dm" and skewed else method]
+        _choose(model, chooser, profile or profile_set(model, source), shifted, progress, options)
     state.method = method
     if reconstruct != "input":
-        reconstruction.refine(model, data, reconstruct, progress=progress)
+        reconstruction.refine(model, source, reconstruct, progress=progress)
 
 
 def _checked_method(state, method, reconstruct, weights_method):
-    if method not in METHODS or (method in DYNAMIC) != (state.method in DYNAMIC):
-        allowed = DYNAMIC if state.method in DYNAMIC else CALIBRATED
+    if method not in (allowed := DYNAMIC if state.method in DYNAMIC else CHOOSERS):
         raise TDQError(f"method must be one of {', '.join(allowed)} for this model; got {method!r}.")
     if reconstruct not in ("input", *reconstruction.TARGETS):
         raise TDQError(f"reconstruct must be 'input', {' or '.join(map(repr, reconstruction.TARGETS))}; got {reconstruct!r}.")
-    if reconstruct != "input" and method not in ("learned", "tdq"):
-        raise TDQError(f"reconstruct={reconstruct!r} needs a step size that learns, 'learned' or 'tdq'; got {method!r}.")
+    if reconstruct != "input" and (method not in ("learned", "tdq") or state.activations is None):
+        got = repr(method) if state.activations else "activations in full precision"
+        raise TDQError(f"reconstruct={reconstruct!r} needs a step size that learns, 'learned' or 'tdq'; got {got}.")
     if weights_method not in (None, "adaround"):
         raise TDQError(f"weights_method must be None (nearest level) or 'adaround'; got {weights_method!r}.")
+    if weights_method and state.weights is None:
+        raise TDQError("'adaround' rounds quantized weights; these are in full precision. Call quantize(model, weights=4) first.")
     return method
 
 
-def _check_options(method, chooser, options):
-    functions = {"tdq": (_tdq, StepGenerator)}.get(method, (chooser,) if chooser else ())
-    accepted = [name for function in functions for name in inspect.signature(function).parameters]
-    accepted = [name for name in accepted if name not in ("problems", "progress", "s_0", "generator")]
+def _check_options(method, options, shifted):
+    if method in DYNAMIC and not shifted:
+        raise TDQError(f"shifted=False belongs to methods that measure ranges; {method!r} chooses a grid for every input.")
+    functions = (_tdq, StepGenerator) if method == "tdq" else () if method in DYNAMIC else (CHOOSERS[method],)
+    accepted = [n for f in functions for n in inspect.signature(f).parameters if n not in ("p", "s_0", "generator")]
     if unknown := set(options) - set(accepted):
         raise TDQError(f"{method!r} takes {', '.join(accepted) or 'no options'}; got {min(unknown)!r}.")
+    for name in OPTIONS.keys() & options:
+        check(OPTIONS[name], **{name: options[name]})
+    if options.get("start", "mse") not in STARTS:
+        raise TDQError(f"start must be 'mse', 'std' or 'lsq'; got {options['start']!r}.")
 
 
-def profile_set(model, data, batch_size=16):
+def _source(model, scheduler, making, data, profile, samples, chooses, progress):
+    """The calibration set, given or made, or ``None`` if none is needed; what would be ignored, or fits no more, is refused."""
+    profiled = profile is not None and not samples
+    unused = [*(making if data is not None or profiled else ()), *(["data"] if data is not None and profiled else ())]
+    if unused:
+        raise TDQError(f"calibrate takes one input: data (or what makes it), or a profile. Leave out {', '.join(unused)}.")
+    for known, what in ((data, "calibration set"), (profile, "profile")):
+        if known is not None:
+            check_made_by(model, known.model, what)
+    if data is not None or not (samples or (chooses and profile is None)):
+        return data
+    if scheduler is None:
+        raise TDQError("calibrate needs samples to run the model on; got none. Pass data, or scheduler, seeds and steps.")
+    return CalibrationSet.collect(model, scheduler, progress=progress, **making)
+
+
+def profile_set(model: nn.Module, data: CalibrationSet, batch_size: int = 16) -> Profile:
     """The :class:`tdq_utils.denoiser.profile.Profile` of a quantized model's layers, in full precision, on a calibration set."""
     parts = {name: layer.activation.parts(name) for name, layer in quantized_layers(model).items() if layer.split}
     device = device_of(model)
     with full_precision(model), torch.no_grad(), recording(model, set(quantized_layers(model)), parts) as cells:
         for x_t, t, condition in data.batches(batch_size, device):
             model(x_t, t, **condition)
-        made_by = fingerprint(model)
-    return as_profile(cells, made_by)
+    return as_profile(cells, data.model)
 
 
 def _choose(model, chooser, profile, shifted, progress, options):
@@ -129,8 +151,11 @@ def _choose(model, chooser, profile, shifted, progress, options):
     if missing := set(quantizers) - set(profile.layers):
         raise TDQError(f"profile must hold every quantized layer; {len(missing)} are missing, {min(missing)} among them.")
     problems = {name: _Problem(profile, name, state.activations, shifted) for name in quantizers}
-    chosen = chooser(problems, progress=progress, **options)
-    state.frozen = False
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.get("seed", 0))  # of weights and dropout
+        names = tqdm(quantizers, desc="choose step sizes", disable=not progress, leave=False)
+        chosen = {name: chooser(problems[name], **options) for name in names}
+    state.frozen, state.visited = False, profile.t.tolist()
     device = device_of(model)
     for layer in quantized_layers(model).values():
         layer.rounded = None
@@ -156,131 +181,93 @@ class _Problem:
         return StaticStep(self.grid.widest_step(least, greatest).clamp_min(1e-8))
 
 
-def _minmax(problems, progress):
-    return {name: p.widest_step(p.ranges[:, 0].min(), p.ranges[:, 1].max()) for name, p in problems.items()}
-
-
-def _momentum(problems, progress, momentum=0.9, seed=0):
+def _momentum(p, momentum=0.9, seed=0):
     """Batches are the images at one t, in random order: in the order of sampling the last few t would decide."""
-    chosen = {}
-    for name, p in problems.items():
-        order = torch.randperm(len(p.t), generator=torch.Generator().manual_seed(seed))
-        average = p.ranges[order[0]]
-        for row in order[1:]:
-            average = momentum * average + (1 - momentum) * p.ranges[row]
-        chosen[name] = p.widest_step(*average)
-    return chosen
+    order = torch.randperm(len(p.t), generator=torch.Generator().manual_seed(seed))
+    average = p.ranges[order[0]]
+    for row in order[1:]:
+        average = momentum * average + (1 - momentum) * p.ranges[row]
+    return p.widest_step(*average)
 
 
-def _percentile(problems, progress, percentile=99.9):
-    if not 0 < percentile <= 100:
-        raise TDQError(f"percentile must be above 0 and at most 100; got {percentile}.")
-    chosen = {}
-    for name, p in problems.items():
-        values, counts = (part.flatten() for part in p.all_values())
-        magnitude, order = values.abs().sort()
-        share = counts.double()[order].cumsum(0) / counts.double().sum()
-        reach = magnitude[(share < percentile / 100).sum().clamp(max=len(share) - 1)]
-        chosen[name] = p.widest_step(-reach if p.grid.low is None else torch.tensor(0.0), reach)
-    return chosen
+def _percentile(p, percentile=99.9):
+    values, counts = (part.flatten() for part in p.all_values())
+    magnitude, order = values.abs().sort()
+    share = counts.double()[order].cumsum(0) / counts.double().sum()
+    reach = magnitude[(share < percentile / 100).sum().clamp(max=len(share) - 1)]
+    return p.widest_step(-reach if p.grid.low is None else torch.tensor(0.0), reach)
 
 
-def _mse(problems, progress):
-    return {name: StaticStep(p.best_steps()[0]) for name, p in problems.items()}
+def _ptq4dm(p):
+    values, counts = p.all_values()
+    counts = counts * torch.from_numpy(skewed_density(p.t)).float()[:, None]
+    return StaticStep(mse_step(values.reshape(1, -1), p.grid, counts.reshape(1, -1))[0])
 
 
-def _ptq4dm(problems, progress):
-    chosen = {}
-    for name, p in problems.items():
-        values, counts = p.all_values()
-        counts = counts * torch.from_numpy(skewed_density(p.t)).float()[:, None]
-        chosen[name] = StaticStep(mse_step(values.reshape(1, -1), p.grid, counts.reshape(1, -1))[0])
-    return chosen
+def _learned(p, iterations=100, rate=5e-3, seed=0, start="mse"):
+    return fit(p, LearnedStep, iterations, rate, start)
 
 
-def _table(problems, progress):
-    return {name: TableStep(p.t, p.best_steps()[1]) for name, p in problems.items()}
+def _tdq(p, iterations=100, rate=5e-3, seed=0, start="mse", follow=0.5, **generator):
+    return fit(p, partial(StepGenerator, **generator), iterations, rate, start, follow)
 
 
-def _learned(problems, progress, iterations=100, rate=5e-3, seed=0, start="mse"):
-    return fit(problems, LearnedStep, progress, iterations, rate, seed, start)
-
-
-def _tdq(problems, progress, iterations=100, rate=5e-3, seed=0, start="mse", follow=0.5, **generator):
-    def make(s_0):
-        return StepGenerator(s_0, **generator)
-
-    return fit(problems, make, progress, iterations, rate, seed, start, follow)
-
-
-def _start(problem, rule):
+def _start(p, rule):
     """Step size that a fit starts from."""
     if rule == "mse":
-        return problem.best_steps()[0]
-    values, counts = problem.all_values()
+        return p.best_steps()[0]
+    values, counts = p.all_values()
     mean = lambda x: (x * counts).sum() / counts.sum()  # noqa: E731
     if rule == "std":  # So et al. 2023, authors' code
-        levels = (problem.grid.q_max - problem.grid.q_min + 1) / 2 - 1 if problem.grid.low is None else problem.grid.q_max
+        levels = (p.grid.q_max - p.grid.q_min + 1) / 2 - 1 if p.grid.low is None else p.grid.q_max
         reach = mean(values) + 3 * (values.square() * counts).sum().div(counts.sum()).sub(mean(values) ** 2).sqrt()
-        return (reach - (problem.grid.low or 0.0)) / levels
-    if rule == "lsq":  # Esser et al. 2020, section 2.1
-        return 2 * mean(values.abs()) / problem.grid.q_max**0.5
-    raise TDQError(f"start must be 'mse', 'std' or 'lsq'; got {rule!r}.")
+        return (reach - (p.grid.low or 0.0)) / levels
+    return 2 * mean(values.abs()) / p.grid.q_max**0.5  # "lsq": Esser et al. 2020, section 2.1
 
 
-def fit(problems, make, progress=True, iterations=100, rate=5e-3, seed=0, start="mse", follow=0.0):
-    """Fit one source of step sizes a layer by gradient descent on the squared quantization error.
+def fit(p: _Problem, make: Callable[[float], Any], iterations: int = 100, rate: float = 5e-3, start: str = "mse",
+        follow: float = 0.0) -> StepSize:  # fmt: skip
+    """Fit a layer's source of step sizes by gradient descent on the squared quantization error.
 
-    The loss of a layer is its error over all t, relative to
-    the static error, so that layers of any scale learn at one rate. Histograms stand for the activations, so every
-    iteration sees all of them.
+    The loss is the error over all t, relative to the static error, so that layers of any scale learn at one rate.
+    Histograms stand for the activations, so every iteration sees all of them.
 
     Args:
-        problems: ``{layer: activations}``. make: function of ``s_0`` that returns a source with ``at(t)``.
-        iterations: of Adam with a cosine rate from ``rate``. seed: of weights and dropout.
-        start: first step size of a layer: ``"mse"``, the MSE-optimal constant; ``"std"``, ``(mean + 3 std)`` over the
-            number of positive levels (authors' code); or ``"lsq"``, ``2 mean|x| / sqrt(q_max)`` (Esser et al. 2020).
+        p: the layer's activations. make: function of a first step size that returns a source with ``at(t)``.
+        iterations: of Adam with a cosine rate from ``rate``.
+        start: first step size: ``"mse"``, the MSE-optimal constant; ``"std"``, ``(mean + 3 std)`` over the number of
+            positive levels (authors' code); or ``"lsq"``, ``2 mean|x| / sqrt(q_max)`` (Esser et al. 2020).
         follow: share of the iterations, at the beginning, that descend the squared distance of log s(t) to the best
             value of each step instead. At few bits the error has several minima in s (the shift of the grid is
             rounded to whole steps), and a curve that starts as a constant stays in that constant's.
-
-    Returns:
-        ``{layer: source}``.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        names = tqdm(problems, desc="fit step sizes", disable=not progress, leave=False)
-        return {name: _fit_layer(problems[name], make, iterations, rate, start, follow) for name in names}
-
-
-def _fit_layer(problem, make, iterations, rate, start, follow):
-    s_0, best = problem.best_steps()
-    values, counts = problem.values(s_0)
-    source = make(float(_start(problem, start)))
-    scale = squared_error(values, counts, s_0.expand(len(values)), problem.grid).sum().clamp_min(1e-20)
+    s_0, best = p.best_steps()
+    values, counts = p.values(s_0)
+    source = make(float(_start(p, start)))
+    scale = squared_error(values, counts, s_0.expand(len(values)), p.grid).sum().clamp_min(1e-20)
     optimizer = torch.optim.Adam(source.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     for i in range(iterations):
-        s = source.at(problem.t)
+        s = source.at(p.t)
         if i < follow * iterations:
             error = (s.log() - best.log()).square().mean()
         else:
-            error = squared_error(values, counts, s, problem.grid).sum() / scale
-        optimizer.zero_grad()
+            error = squared_error(values, counts, s, p.grid).sum() / scale
         error.backward()
         nn.utils.clip_grad_norm_(source.parameters(), 1.0)
         optimizer.step()
+        optimizer.zero_grad()
         schedule.step()
     return source
 
 
 CHOOSERS = {
-    "minmax": _minmax,
+    "minmax": lambda p: p.widest_step(p.ranges[:, 0].min(), p.ranges[:, 1].max()),
     "momentum": _momentum,
     "percentile": _percentile,
-    "mse": _mse,
+    "mse": lambda p: StaticStep(p.best_steps()[0]),
     "ptq4dm": _ptq4dm,
     "learned": _learned,
-    "table": _table,
+    "table": lambda p: TableStep(p.t, p.best_steps()[1]),
     "tdq": _tdq,
 }

@@ -1,20 +1,22 @@
-"""Train the two networks that ship in data/: the denoiser and the feature classifier."""
+"""Train the networks that ship in data/: the denoiser and the feature classifier (the second denoiser: ``training_dit``)."""
 
-import copy
 import csv
 import json
-import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import save_file
+from torch import nn
 from tqdm.auto import tqdm
 
 from tdq_utils.errors import TDQError
-from tdq_utils.fit.loop import denoising_loss, iteration_generator, load_state, save_state, update_ema
+from tdq_utils.fit.loop import Trainer, denoising_loss, iteration_generator
 from tdq_utils.lab.datasets import load_images
 from tdq_utils.lab.fid import FeatureClassifier, Statistics, extract_features
 
@@ -37,7 +39,7 @@ SCHEDULER = dict(
 )
 
 
-def learning_rate(iteration, iterations, peak=1e-3, warmup=200, decay=0.3):
+def learning_rate(iteration: int, iterations: int, peak: float = 1e-3, warmup: int = 200, decay: float = 0.3) -> float:
     """Warm-up, constant, then a linear fall to zero over the last ``decay`` of the run.
 
     Up to the fall the rate does not depend on ``iterations``: a run can be lengthened, or ended
@@ -47,7 +49,8 @@ def learning_rate(iteration, iterations, peak=1e-3, warmup=200, decay=0.3):
     return peak * min(1.0, (iteration + 1) / warmup, fall)
 
 
-def train_unet(out, iterations=5400, batch=128, seed=0, ema_decay=0.999, root=None, compiled=False, device="cpu"):
+def train_unet(out: str | Path, iterations: int = 5400, batch: int = 128, seed: int = 0, ema_decay: float = 0.999,
+               root: str | Path | None = None, compiled: bool = False, device: str = "cpu") -> Path:  # fmt: skip
     """Train the shipped denoiser on the 60,000 training images; resume if ``out`` holds a run.
 
     Randomness of iteration i depends on (seed, i) alone and the state is saved every minute, so a
@@ -69,35 +72,19 @@ def train_unet(out, iterations=5400, batch=128, seed=0, ema_decay=0.999, root=No
     images = load_images(split="train", root=root).to(device)
     scheduler = DDIMScheduler(**SCHEDULER)
     torch.manual_seed(seed)
-    model = UNet2DModel(**UNET).to(device, memory_format=torch.channels_last)
-    ema = copy.deepcopy(model).requires_grad_(False)
+    model: Any = UNet2DModel(**UNET)
+    model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    start, log = load_state(out / "state.pt", model=model, ema=ema, optimizer=optimizer)
-
-    def loss_at(i):
-        return denoising_loss(model, images, scheduler, batch, generator=iteration_generator(seed, i))
-
+    loss_of = partial(denoising_loss, model, images, scheduler, batch)
     if compiled:
-        compile_blocks(model, lambda: loss_at(start))
-    saved = time.monotonic()
-    for i in (bar := tqdm(range(start, iterations), initial=start, total=iterations, desc="train-unet", mininterval=5)):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(i, iterations)
-        loss = loss_at(i)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        update_ema(ema, model, ema_decay, i)
-        log.append(loss.item())
-        if time.monotonic() - saved > 45 or i + 1 == iterations:
-            save_state(out / "state.pt", i + 1, log, model=model, ema=ema, optimizer=optimizer)
-            saved = time.monotonic()
-            bar.set_postfix(loss=f"{sum(log[-200:]) / len(log[-200:]):.4f}")
-    return _export(out, ema, scheduler, log)
+        compile_blocks(model, lambda: loss_of(iteration_generator(seed, 0)))
+    trainer = Trainer(model, optimizer, ema_decay, out / "state.pt")
+    log = trainer.run(loss_of, lambda i: learning_rate(i, iterations), iterations, seed, "train-unet")
+    model.cpu().to(memory_format=torch.contiguous_format).eval()
+    return export(out / "model", DDIMPipeline(model, scheduler), log)
 
 
-def compile_blocks(model, loss):
+def compile_blocks(model: nn.Module, loss: Callable[[], torch.Tensor]) -> None:
     """Compile the residual blocks of ``model`` in place, and see that the gradients stay what they were.
 
     Block by block, because torch 2.13 compiles the whole model to a backward pass on the CPU in
@@ -118,7 +105,7 @@ def compile_blocks(model, loss):
     check_gradients(eager, _gradients(model, loss))
 
 
-def check_gradients(expected, actual, tolerance=1e-3):
+def check_gradients(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor], tolerance: float = 1e-3) -> None:
     """Compare two dicts of gradients by name, each relative to the largest norm of all.
 
     Raises:
@@ -126,7 +113,7 @@ def check_gradients(expected, actual, tolerance=1e-3):
     """
     largest = max(gradient.norm() for gradient in expected.values())
     errors = {name: ((actual[name] - expected[name]).norm() / largest).item() for name in expected}
-    worst = max(errors, key=errors.get)
+    worst = max(errors, key=lambda name: errors[name])
     if not errors[worst] <= tolerance:
         raise TDQError(
             f"compiled gradients must equal eager ones within {tolerance}; {worst} differs by {errors[worst]:.2g}: "
@@ -141,19 +128,19 @@ def _gradients(model, loss):
     return gradients
 
 
-def _export(out, ema, scheduler, log, every=50):
-    """EMA weights and scheduler in diffusers' layout, and the loss curve as means of 50 steps."""
-    DDIMPipeline(ema.cpu().to(memory_format=torch.contiguous_format).eval(), scheduler).save_pretrained(out / "model")
-    with open(out / "model" / "loss.csv", "w", newline="") as file:
+def export(folder: Path, pipeline: Any, log: list[float], every: int = 50) -> Path:
+    """A pipeline in diffusers' layout, and beside it ``loss.csv``: the loss curve as means of 50 steps."""
+    pipeline.save_pretrained(folder)
+    with open(folder / "loss.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["iteration", "loss"])
         for i in range(0, len(log), every):
             part = log[i : i + every]
             writer.writerow([i + len(part), f"{sum(part) / len(part):.5f}"])
-    return out / "model"
+    return folder
 
 
-def train_classifier(out, epochs=8, batch=128, seed=0, root=None):
+def train_classifier(out: str | Path, epochs: int = 8, batch: int = 128, seed: int = 0, root: str | Path | None = None) -> float:
     """Train the feature classifier on the 60,000 training images; write weights, accuracy and reference statistics.
 
     AdamW with a one-cycle rate (peak 3e-3), random horizontal flips, label smoothing 0.05.
@@ -169,7 +156,7 @@ def train_classifier(out, epochs=8, batch=128, seed=0, root=None):
     out.mkdir(parents=True, exist_ok=True)
     images, labels = load_images(split="train", root=root, labels=True)
     torch.manual_seed(seed)
-    classifier = FeatureClassifier().to(memory_format=torch.channels_last)
+    classifier = FeatureClassifier().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=3e-3, weight_decay=0.05)
     per_epoch = len(images) // batch
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=epochs * per_epoch)

@@ -48,6 +48,9 @@ def test_chosen_steps(unet, scheduler):
 @pytest.mark.parametrize(("options", "message"), [
     (dict(at="late"), "at must be 'uniform', 'skewed' or a list"), (dict(at=[998]), "visited time steps, 999, 749"),
     (dict(per_seed=5), "from 1 to the 4 steps"), (dict(seeds=[]), "at least one image"),
+    (dict(per_seed=0), "from 1 to the 4 steps of a trajectory; got 0"), (dict(per_seed=1.5), "from 1 to the 4 steps"),
+    (dict(at=[]), "at must name the time steps to keep, such as 999; got an empty list"),
+    (dict(at=[999], per_seed=1), "got per_seed=1, too, which is for 'uniform' and 'skewed'"),
 ])  # fmt: skip
 def test_bad_input(unet, scheduler, options, message):
     with pytest.raises(TDQError, match=message):
@@ -71,6 +74,9 @@ def test_save_and_load(unet, scheduler, tmp_path):
     loaded = CalibrationSet.load(tmp_path / "set.npz")
     assert loaded.model == data.model and loaded.condition["class_labels"].tolist() == list(range(12))
     assert all(torch.equal(getattr(loaded, key), getattr(data, key)) for key in ("x_t", "t", "seeds"))
+    data.save(tmp_path / "set")  # the name that was given, with or without an ending
+    assert torch.equal(CalibrationSet.load(tmp_path / "set").x_t, data.x_t)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set", "set.npz"]
     (tmp_path / "set.npz").write_bytes(b"garbage")
     with pytest.raises(DataError, match=r"set\.npz must be a calibration set"):
         CalibrationSet.load(tmp_path / "set.npz")
@@ -104,3 +110,29 @@ def test_its_profile_is_that_of_the_trajectory(unet, scheduler):
         assert (profile.counts[row].sum(1) == expected.counts[other].sum(1)).all()
         np.testing.assert_allclose(profile.std[row], expected.std[other], rtol=1e-4)
         np.testing.assert_allclose(profile.greatest[row], expected.greatest[other], rtol=1e-4, atol=1e-5)
+
+
+def test_how_t_was_drawn_is_kept(unet, scheduler, tmp_path):
+    for at, kept in (("uniform", "uniform"), ("skewed", "skewed"), ([999, 249], "chosen")):
+        data = collect(unet, scheduler, at=at)
+        data.save(tmp_path / "set")
+        assert data.at == CalibrationSet.load(tmp_path / "set").at == kept
+    with np.load(tmp_path / "set") as written:
+        older = {key: written[key] for key in written.files if key != "at"}
+    np.savez(tmp_path / "older.npz", **older)
+    assert CalibrationSet.load(tmp_path / "older.npz").at == "uniform"
+
+
+def test_an_interrupted_save_leaves_the_older_set(unet, scheduler, tmp_path, monkeypatch):
+    data = collect(unet, scheduler)
+    data.save(tmp_path / "set.npz")
+    monkeypatch.setattr(np, "savez_compressed", lambda file, **arrays: file.write(b"half") / 0)
+    with pytest.raises(ZeroDivisionError):
+        data.save(tmp_path / "set.npz")
+    assert torch.equal(CalibrationSet.load(tmp_path / "set.npz").x_t, data.x_t)
+
+
+def test_a_model_in_training_mode_is_refused(unet, scheduler):
+    unet.train()
+    with pytest.raises(TDQError, match="must be in evaluation mode; the whole is in training mode"):
+        collect(unet, scheduler)

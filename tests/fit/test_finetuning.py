@@ -2,19 +2,21 @@
 
 import copy
 import itertools
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
-from tdq_utils import freeze, load_quantized, restore, sample, save_quantized
+from tdq_utils import CalibrationSet, freeze, load_quantized, restore, sample, save_quantized
 from tdq_utils.errors import TDQError
-from tdq_utils.fit import finetuning
+from tdq_utils.fit import finetuning, loop
 from tdq_utils.fit.finetuning import FINETUNED, finetune
 from tdq_utils.fit.loop import iteration_generator
 from tdq_utils.fit.quantize import activation_quantizers, quantized_layers
-from tdq_utils.method.generator import StepGenerator
+from tdq_utils.method.generator import FourierFeatures, RawTime, StepGenerator
 from tdq_utils.method.step_sizes import LearnedStep
 
 
@@ -87,14 +89,14 @@ def test_training_helps(unet, scheduler, profile):
 def test_step_sizes_learn_at_rates_of_their_own(unet, scheduler, images, profile, monkeypatch):
     seen = {}
 
-    class Spy(finetuning._Trainer):
+    class Spy(finetuning.Trainer):
         def run(self, *args):
             names = {id(p): name for name, p in self.model.named_parameters()}
             for group in self.optimizer.param_groups:
                 seen.update({names[id(p)]: group["rate"] for p in group["params"]})
             return super().run(*args)
 
-    monkeypatch.setattr(finetuning, "_Trainer", Spy)
+    monkeypatch.setattr(finetuning, "Trainer", Spy)
     train(unet, scheduler, images, profile, method="lsq", iterations=1, rate=1e-3)
     for name, rate in seen.items():
         assert rate == pytest.approx(0.1 if name.endswith("log_s") else 1e-3), name
@@ -128,7 +130,7 @@ def test_decay_narrows_the_grid_of_pact_and_of_no_other(unet, scheduler, images,
 
 @pytest.mark.parametrize("method", ["tdq", "nipq"])
 def test_a_killed_run_goes_on_with_the_same_losses(unet, scheduler, images, profile, method, monkeypatch, tmp_path):
-    monkeypatch.setattr(finetuning, "time", SimpleNamespace(monotonic=itertools.count(step=100).__next__))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=itertools.count(step=100).__next__))
     whole = train(unet, scheduler, images, profile, method=method, iterations=4, out=tmp_path / "whole")
     final = {name: value.clone() for name, value in unet.state_dict().items()}
     restore(unet)
@@ -151,7 +153,7 @@ def test_a_killed_run_goes_on_with_the_same_losses(unet, scheduler, images, prof
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(unet, scheduler, images, profile, monkeypatch, tmp_path):
-    monkeypatch.setattr(finetuning, "time", SimpleNamespace(monotonic=itertools.count(step=100).__next__))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=itertools.count(step=100).__next__))
     original, calls = finetuning.denoising_loss, []
 
     def broken(*args):
@@ -166,7 +168,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(unet, schedule
 
 def test_a_gradient_that_is_not_finite_reaches_no_parameter(unet, scheduler, images, profile, monkeypatch, tmp_path):
     """The root of 0 is finite, and so is the loss; its derivative is not."""
-    monkeypatch.setattr(finetuning, "time", SimpleNamespace(monotonic=itertools.count(step=100).__next__))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=itertools.count(step=100).__next__))
     original, calls = finetuning.denoising_loss, []
 
     def broken(*args):
@@ -201,19 +203,102 @@ def test_a_folder_goes_on_with_its_own_settings_only(unet, scheduler, images, pr
         train(unet, scheduler, images, profile, method="lsq", out=tmp_path)
 
 
-@pytest.mark.parametrize("name", ["iterations", "batch", "warmup"])
-def test_nothing_is_begun_with_a_count_below_one(unet, scheduler, images, name):
-    with pytest.raises(TDQError, match=f"{name} must be 1 or more; got 0"):
-        finetune(unet, scheduler, images, **{name: 0})
+@pytest.fixture
+def begun(unet, scheduler, images, profile, tmp_path):
+    """A folder with a finished training on the seeds 0 and 1; a function that goes on with it, with something changed."""
+    given = dict(images=images, scheduler=scheduler, seeds=range(2), steps=2)
+
+    def go_on(**changed):
+        given_now = {**given, **changed}
+        how = dict(method="lsq", iterations=2, batch=4, warmup=2, progress=False, out=tmp_path)
+        losses = finetune(unet, given_now.pop("scheduler"), given_now.pop("images"), **how, **given_now)
+        restore(unet)
+        return losses
+
+    go_on()
+    return go_on
+
+
+def test_other_images_scheduler_or_calibration_is_another_training(begun, unet, scheduler, images):
+    other = images.clone()
+    other[3, 0, 2, 2] += 1e-3
+    leading = type(scheduler).from_config(scheduler.config, timestep_spacing="leading")
+    data = CalibrationSet.collect(unet, scheduler, range(2), 2, progress=False)
+    for changed, name in [
+        (dict(images=other), "images"), (dict(images=images[:11]), "images"), (dict(steps=3), "calibration.steps"),
+        (dict(scheduler=leading), "scheduler.timestep_spacing"), (dict(seeds=range(3)), "calibration.seeds"),
+        (dict(scheduler=DDPMScheduler.from_config(scheduler.config)), "scheduler.class"), (dict(rate=1e-3), "rate"),
+        (dict(shifted=False), "calibration.shifted"), (dict(seeds=None, steps=None, data=data), "calibration.seeds"),
+    ]:  # fmt: skip
+        with pytest.raises(TDQError, match=f"holds one with {name} = .*, this one has .*. Choose another out"):
+            begun(**changed)
+
+
+def test_the_same_training_goes_on_bit_for_bit(begun, images, scheduler):
+    assert begun() == begun(images=images.clone(), scheduler=type(scheduler).from_config(scheduler.config), seeds=[0, 1])
+
+
+def test_other_data_and_profiles_are_told_apart_by_their_contents(unet, scheduler, profile):
+    data = CalibrationSet.collect(unet, scheduler, range(2), 2, progress=False)
+    same, other = copy.deepcopy(data), copy.deepcopy(data)
+    other.x_t[0, 0, 0, 0] += 1e-6
+    assert loop.described(same, "data") == loop.described(data, "data") != loop.described(other, "data")
+    profile.best_steps(0, 4)  # a cache is no difference
+    moved = replace(profile, counts=profile.counts + 1)
+    assert loop.described(replace(profile)) == loop.described(profile) != loop.described(moved)
+    assert loop.described(dict(features=RawTime())) != loop.described(dict(features=FourierFeatures()))
+
+
+@pytest.mark.parametrize(("names", "values", "rule"), [
+    (("iterations", "batch", "warmup"), (0, -1, 2.0), "a whole number, 1 or more"),
+    (("rate", "step_rate", "generator_rate", "decay"), (-1.0, float("nan"), float("inf"), "1"), "a finite number, 0 or more"),
+    (("distill", "ema_decay"), (-0.1, 1.5), "a number from 0 to 1"), (("clip",), (0.0, -1.0), "a finite number above 0"),
+])  # fmt: skip
+def test_nothing_is_begun_with_a_number_out_of_range(unet, scheduler, images, names, values, rule):
+    for name, value in itertools.product(names, values):
+        with pytest.raises(TDQError, match=f"{name} must be {rule}; got {value!r}"):
+            finetune(unet, scheduler, images, **{name: value})
     assert not hasattr(unet, "quantization")
 
 
-@pytest.mark.parametrize("name", ["rate", "step_rate", "generator_rate", "decay"])
-@pytest.mark.parametrize("value", [-1.0, float("nan")])
-def test_rates_are_not_negative(unet, scheduler, images, name, value):
-    with pytest.raises(TDQError, match=f"{name} must be 0 .* or more; got {value}"):
-        finetune(unet, scheduler, images, **{name: value})
-    assert not hasattr(unet, "quantization")
+def test_a_model_in_training_mode_is_refused(unet, scheduler, images, tmp_path):
+    unet.mid_block.train()
+    with pytest.raises(TDQError, match=r"must be in evaluation mode; mid_block is in training mode. Call model.eval\(\)"):
+        finetune(unet, scheduler, images, out=tmp_path)
+    assert not list(tmp_path.iterdir()) and unet.mid_block.training
+
+
+@pytest.mark.parametrize("broken", ["calibrate", "_learn", "denoising_loss"])
+def test_whatever_stops_it_the_model_is_as_it_was(unet, scheduler, images, profile, monkeypatch, broken):
+    """Weights, gradients, what needs one, and the mode of every module."""
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    unet.conv_in.requires_grad_(True)
+    unet.conv_in.bias.grad = torch.ones(8)
+    original = getattr(finetuning, broken)
+
+    def fails(*args, **options):
+        original(*args, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetuning, broken, fails)
+    with pytest.raises(KeyboardInterrupt):
+        train(unet, scheduler, images, profile)
+    assert not hasattr(unet, "quantization") and not any(module.training for module in unet.modules())
+    assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
+    assert {name for name, p in unet.named_parameters() if p.requires_grad} == {"conv_in.weight", "conv_in.bias"}
+    assert {name: p.grad.tolist() for name, p in unet.named_parameters() if p.grad is not None} == {"conv_in.bias": [1.0] * 8}
+
+
+def test_a_trained_model_holds_no_gradients(unet, scheduler, images, profile):
+    unet.conv_in.bias.grad = torch.full((8,), 1e3)  # and one from before does not enter
+    assert train(unet, scheduler, images, profile) == train_again(unet, scheduler, images, profile)
+    assert all(p.grad is None for p in unet.parameters())
+
+
+def train_again(unet, *args):
+    restore(unet)
+    unet.zero_grad()
+    return train(unet, *args)
 
 
 def test_a_failed_calibration_leaves_the_full_precision_model(unet, scheduler, images, profile, tmp_path):
@@ -266,12 +351,6 @@ def test_distillation_starts_near_what_it_learns_from(unet, scheduler, images, p
     losses = train(unet, scheduler, images, profile, iterations=40, rate=2e-3, distill=1.0)
     assert losses[0] < 0.5 * plain
     assert sum(losses[-10:]) < sum(losses[:10])
-
-
-@pytest.mark.parametrize("distill", [-0.1, 1.5])
-def test_distill_is_a_share(unet, scheduler, images, distill):
-    with pytest.raises(TDQError, match=f"distill must be from 0 .* to 1 .*; got {distill}"):
-        finetune(unet, scheduler, images, distill=distill)
 
 
 def test_unknown_method(unet, scheduler, images):

@@ -45,6 +45,19 @@ def test_refine_lowers_the_error_of_its_target(calibrated, data, method, target)
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters() if name in weights)
     assert not any(p.requires_grad for name, p in model.named_parameters() if name in weights)
     assert not any(layer.activation.step.training for layer in quantized_layers(model).values())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("learn", [refine, adaround])
+def test_gradients_and_flags_of_the_model_stay(calibrated, data, learn):
+    model = calibrated("learned")
+    model.conv_in.requires_grad_(True)
+    model.conv_in.bias.grad = torch.ones(8)
+    learn(model, data, iterations=2, progress=False)
+    assert {name: p.grad.sum().item() for name, p in model.named_parameters() if p.grad is not None} == {"conv_in.bias": 8.0}
+    assert {n for n, p in model.named_parameters() if p.requires_grad and ".activation." not in n} == {
+        "conv_in.weight", "conv_in.bias",
+    }  # fmt: skip
 
 
 def test_full_precision_blocks_have_no_error(unet, data):
@@ -106,8 +119,37 @@ def test_adaround_through_calibrate_survives_freezing(unet, scheduler, data, mon
 @pytest.mark.parametrize(("method", "options", "message"), [
     ("mse", dict(reconstruct="block"), "needs a step size that learns"), ("tdq", dict(reconstruct="x"), "'input', 'block' or"),
     ("tdq", dict(weights_method="best"), "None .nearest level. or 'adaround'"),
+    ("dynamic", dict(reconstruct="block"), "'learned' or 'tdq'; got 'dynamic'"),
 ])  # fmt: skip
 def test_bad_input(unet, scheduler, method, options, message):
     quantize(unet, 8, 4, method)
     with pytest.raises(TDQError, match=message):
         calibrate(unet, scheduler, **options)
+
+
+def test_there_must_be_something_to_learn(unet, scheduler, data, calibrated):
+    quantize(unet, None, 8, "tdq")
+    with pytest.raises(TDQError, match="rounds quantized weights; these are in full precision. Call quantize"):
+        calibrate(unet, scheduler, data=data, weights_method="adaround")
+    with pytest.raises(TDQError, match="adaround needs step sizes that learn, or weights on a grid; got none"):
+        adaround(unet, data, progress=False)
+    restore(unet)
+    quantize(unet, 4, None, "tdq")
+    with pytest.raises(TDQError, match="'learned' or 'tdq'; got activations in full precision"):
+        calibrate(unet, scheduler, data=data, reconstruct="block")
+    restore(unet)
+    with pytest.raises(TDQError, match="refine by block needs step sizes that learn"):
+        refine(calibrated("mse"), data, progress=False)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (dict(iterations=0), "iterations must be a whole number, 1 or more; got 0"), (dict(iterations=-1), "1 or more; got -1"),
+    (dict(batch_size=0), "batch_size must be a whole number, 1 or more; got 0"),
+    (dict(rate=0.0), "rate must be a finite number above 0; got 0"),
+])  # fmt: skip
+def test_numbers_out_of_range(calibrated, data, options, message):
+    model = calibrated("learned")
+    for learn in (refine, adaround):
+        with pytest.raises(TDQError, match=message):
+            learn(model, data, progress=False, **options)
+    assert model.quantization.activations and all(layer.activation for layer in quantized_layers(model).values())

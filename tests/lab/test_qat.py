@@ -8,7 +8,8 @@ import torch
 
 from tdq_utils import load_quantized, sample
 from tdq_utils.errors import TDQError
-from tdq_utils.fit.finetuning import FINETUNED, _Trainer
+from tdq_utils.fit.finetuning import FINETUNED
+from tdq_utils.fit.loop import Trainer
 from tdq_utils.fit.quantize import METHODS, quantized_layers
 from tdq_utils.lab import reproduce as module
 from tdq_utils.lab.tables import qat
@@ -125,13 +126,13 @@ def test_a_row_names_what_sampled_it(unet, scheduler, tmp_path):
 
 def test_sampling_a_trained_model_with_other_steps_trains_nothing(trained, monkeypatch):
     job = QatJob("lsq", 4, 4, steps=2, iterations=2, batch=4, calibrated_steps=2)
-    original, trained_by = _Trainer._step, []
+    original, trained_by = Trainer._step, []
 
     def step(trainer, loss_of, i, seed):
         trained_by.append(i)
         return original(trainer, loss_of, i, seed)
 
-    monkeypatch.setattr(_Trainer, "_step", step)
+    monkeypatch.setattr(Trainer, "_step", step)
     table = trained([job, replace(job, steps=4)])
     assert trained_by == [0, 1]
     assert table.loss[0] == table.loss[1] and table.fcd[0] != table.fcd[1]

@@ -12,6 +12,7 @@ from diffusers import UNet2DModel
 
 from tdq_utils import load_model
 from tdq_utils.errors import TDQError
+from tdq_utils.fit import loop
 from tdq_utils.lab import training
 from tdq_utils.lab.fid import Statistics, load_classifier
 from tdq_utils.lab.training import check_gradients, learning_rate, train_classifier, train_unet
@@ -22,7 +23,7 @@ def tiny(monkeypatch, unet):
     """The shape of ``unet`` and ten small random images; the state is saved after every iteration."""
     monkeypatch.setattr(training, "UNET", {key: value for key, value in unet.config.items() if not key.startswith("_")})
     monkeypatch.setattr(training, "load_images", lambda **options: torch.rand(10, 1, 8, 8) * 2 - 1)
-    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=itertools.count(step=100).__next__))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=itertools.count(step=100).__next__))
 
 
 def train(out, **options):
@@ -46,8 +47,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tiny, monkeypatch, tmp_
 
     states = [torch.load(tmp_path / run / "state.pt") for run in ("whole", "parts")]
     assert states[0]["log"] == states[1]["log"] and len(states[0]["log"]) == 3
-    for part in ("model", "ema"):
-        assert all(torch.equal(value, states[1][part][key]) for key, value in states[0][part].items())
+    assert all(torch.equal(value, states[1]["model"][key]) for key, value in states[0]["model"].items())
+    averages = [state["ema"]["shadow_params"] for state in states]
+    assert all(torch.equal(one, other) for one, other in zip(*averages, strict=True))
     assert (whole / "loss.csv").read_text() == (resumed / "loss.csv").read_text()
     models = [load_model(folder)[0].state_dict() for folder in (whole, resumed)]
     assert all(torch.equal(value, models[1][key]) for key, value in models[0].items())
@@ -58,7 +60,7 @@ def test_what_comes_out_is_the_average_model(tiny, tmp_path):
     model, scheduler = load_model(folder)
     state = torch.load(tmp_path / "state.pt")
     assert type(model) is UNet2DModel and scheduler.config.timestep_spacing == "trailing"
-    assert all(torch.equal(value, state["ema"][key]) for key, value in model.state_dict().items())
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), state["ema"]["shadow_params"], strict=True))
     assert not torch.equal(model.conv_in.weight, state["model"]["conv_in.weight"])
     iteration, loss = (folder / "loss.csv").read_text().split()[-1].split(",")
     assert iteration == "3" and float(loss) == pytest.approx(np.mean(state["log"]), abs=1e-4)

@@ -137,7 +137,8 @@ def test_float_kernels_of_quantized_layers_are_counted_as_such(tmp_path):
 
 def frozen(model, scheduler, profile=None, method="table", weights=WEIGHTS, activations=5, **options):
     quantize(model, weights, activations, method, **options)
-    calibrate(model, scheduler, range(2), steps=4, profile=profile, progress=False)
+    made = dict(profile=profile) if profile else dict(seeds=range(2), steps=4)
+    calibrate(model, scheduler, **made, progress=False)
     freeze(model, scheduler, 4)
     return model
 

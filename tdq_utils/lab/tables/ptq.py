@@ -82,8 +82,8 @@ class Job:
         """
         quantize(model, self.weights or None, self.activations or None, self.method, split_skips=self.split_inputs)
         data, profile = calibration()
-        weights_method = "adaround" if self.weights_method == "adaround" else None
-        calibrate(model, scheduler, data=data, profile=profile, weights_method=weights_method, progress=progress, **self.options)
+        learned = dict(weights_method="adaround", data=data) if self.weights_method == "adaround" else {}
+        calibrate(model, scheduler, profile=profile, **learned, progress=progress, **self.options)
         return {}
 
 

@@ -71,6 +71,12 @@ def unet():
     return build(UNet2DModel)
 
 
+@pytest.fixture
+def text_unet():
+    """A UNet2DConditionModel with attention to text, called as ``text_unet(sample, t, text)``."""
+    return build(UNet2DConditionModel)
+
+
 @pytest.fixture(params=CONFIGS, ids=lambda kind: kind.__name__)
 def denoiser(request):
     """Each kind of model in turn, with the further arguments that it needs for three samples: ``(model, condition)``."""

@@ -195,7 +195,7 @@ def stored_bytes(model: nn.Module, packed: bool = True) -> int:
     names = {f"{name}.{part}" for name in quantized_layers(model) for part in parts}
     with TemporaryDirectory() as folder:
         save_quantized(model, folder, packed=packed)
-        with safe_open(Path(folder) / "model.safetensors", "pt") as file:
+        with safe_open(next(Path(folder).glob("*.safetensors")), "pt") as file:
             return sum(file.get_tensor(name).nbytes for name in names & {*file.keys()})
 
 

@@ -2,13 +2,16 @@
 
 import itertools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from tdq_utils.errors import TDQError
-from tdq_utils.method.step_sizes import StepSize
+from tdq_utils.method.grid import Grid
+from tdq_utils.method.step_sizes import StepSize, TimeSteps
 
 
 class FourierFeatures(nn.Module):
@@ -20,14 +23,14 @@ class FourierFeatures(nn.Module):
         width: number of features, even.
     """
 
-    def __init__(self, width=128):
+    def __init__(self, width: int = 128):
         super().__init__()
         if width < 2 or width % 2:
             raise TDQError(f"width must be even and at least 2; got {width}.")
         half = width // 2
         self.register_buffer("w", torch.exp(-math.log(10_000) * torch.arange(half) / half), persistent=False)
 
-    def forward(self, t):
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
         """Time steps ``"batch"`` -> ``"batch width"``."""
         angles = t.float()[:, None] * self.w
         return torch.cat([angles.cos(), angles.sin()], dim=1)
@@ -36,7 +39,7 @@ class FourierFeatures(nn.Module):
 class RawTime(nn.Module):
     """The time step itself, scaled to 0..1: the encoding that Fourier features are compared with."""
 
-    def forward(self, t):
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
         """Time steps ``"batch"`` -> ``"batch 1"``."""
         return t.float()[:, None] / 1000
 
@@ -56,7 +59,8 @@ class StepGenerator(StepSize):
 
     over_time = True
 
-    def __init__(self, s_0=1.0, features=None, depth=4, hidden=64, dropout=0.2, scaled=False):
+    def __init__(self, s_0: Any = 1.0, features: nn.Module | None = None, depth: int = 4, hidden: int = 64,
+                 dropout: float = 0.2, scaled: bool = False):  # fmt: skip
         super().__init__()
         if not s_0 > 0:
             raise TDQError(f"s_0 must be positive; got {s_0}.")
@@ -72,7 +76,7 @@ class StepGenerator(StepSize):
         if scaled:
             self.learn_scale()
 
-    def learn_scale(self):
+    def learn_scale(self) -> None:
         """Add a learned factor, 1 at first, if there is none: ``s(t) = exp(log_scale) softplus(MLP(enc(t)))``.
 
         What a constant does at its rate, all of s(t) can then do at the same; the network is left with the shape over t.
@@ -80,7 +84,7 @@ class StepGenerator(StepSize):
         if self.log_scale is None:
             self.log_scale = nn.Parameter(torch.zeros((), device=self.mlp[-1].bias.device))
 
-    def settings(self):
+    def settings(self) -> dict[str, Any]:
         """Width of the features (1: raw t), depth, hidden width, dropout, and whether there is a learned factor."""
         linears = [layer for layer in self.mlp if isinstance(layer, nn.Linear)]
         width, hidden = linears[0].in_features, linears[-1].in_features
@@ -98,17 +102,17 @@ class StepGenerator(StepSize):
         # The inverse of softplus, written so that neither large nor small s_0 loses digits.
         self.mlp[-1].bias.fill_(s_0 + math.log(-math.expm1(-s_0)))
 
-    def at(self, t):
+    def at(self, t: torch.Tensor) -> torch.Tensor:
         """s(t) for time steps ``"batch"`` -> ``"batch"``, positive; differentiable in the weights."""
         s = F.softplus(self.mlp(self.features(t))).squeeze(1).clamp_min(1e-8)
         return s if self.log_scale is None else s * self.log_scale.exp()
 
-    def forward(self, x, t, grid):
+    def forward(self, x: torch.Tensor, t: TimeSteps, grid: Grid) -> torch.Tensor:
         """One value, or one for each sample."""
         return t.spread(self.at(self._tensor(t.values)) if self.training else self._each(t.values))
 
     @torch.no_grad()
-    def on(self, t, nearest=False):
+    def on(self, t: Sequence[float], nearest: bool = False) -> torch.Tensor:
         """s(t) at time steps ``t``, ``"t"``: what inference looks up instead of running this."""
         training = self.training
         self.eval()

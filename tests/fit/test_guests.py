@@ -7,11 +7,9 @@ import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_submodules
-from diffusers import UNet2DConditionModel
 from diffusers.hooks import apply_group_offloading
 from torch import nn
 
-from conftest import build
 from tdq_utils import calibrate, freeze, full_precision, quantize, quantized_layers, restore, sample
 from tdq_utils.errors import TDQError
 from tdq_utils.fit.layers import QuantizedLayer
@@ -152,8 +150,8 @@ def test_an_adapter_that_comes_later_is_neither_run_nor_thrown_away(calibrated, 
     restore(model)
 
 
-def test_projections_fused_later_are_refused_and_before_are_quantized():
-    model, x, text = build(UNet2DConditionModel), torch.randn(2, 2, 8, 8), torch.randn(2, 5, 12)
+def test_projections_fused_later_are_refused_and_before_are_quantized(text_unet):
+    model, x, text = text_unet, torch.randn(2, 2, 8, 8), torch.randn(2, 5, 12)
     quantize(model, 2, None)
     model.fuse_qkv_projections()
     with pytest.raises(TDQError, match=r"must keep its layers.*restore\(model\), then pipe.fuse_qkv_projections"):

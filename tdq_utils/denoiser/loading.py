@@ -3,19 +3,18 @@
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
-from diffusers.utils.logging import disable_progress_bar
+from torch import nn
 
 from tdq_utils.errors import DataError
 
-# The repository's data folder; a wheel without it can point elsewhere.
-DATA = Path(os.environ.get("TDQ_DATA", Path(__file__).resolve().parents[2] / "data"))
+DATA = Path(os.environ.get("TDQ_DATA", Path(__file__).resolve().parents[2] / "data"))  # wheels have none: TDQ_DATA points to it
 CATALOGUE = {"fashion-mnist": DATA / "models" / "fashion-mnist"}
 
 
-def load_model(name="fashion-mnist", device=None):
+def load_model(name: str | Path = "fashion-mnist", device: str | torch.device | None = None) -> tuple[nn.Module, Any]:
     """Load a time-step-conditioned denoiser and a DDIM scheduler for it.
 
     Args:
@@ -24,12 +23,11 @@ def load_model(name="fashion-mnist", device=None):
         device: where to put the model; default: CUDA if there is one, else the CPU.
 
     Returns:
-        ``(model, scheduler)``: the denoiser in eval mode, gradients off, channels-last; a
-        ``DDIMScheduler`` with "trailing" spacing, so that sampling starts at t = 999.
-
-    Raises:
-        DataError: unknown name, a folder without a pipeline, or no network.
+        ``(model, scheduler)``: the denoiser in eval mode, gradients off, channels-last; a ``DDIMScheduler`` with "trailing"
+        spacing, so that sampling starts at t = 999. DataError: unknown name, a folder without a pipeline, or no network.
     """
+    from diffusers import DDIMScheduler  # slow to import, here and below
+
     source = CATALOGUE.get(str(name), Path(name))
     if not source.is_dir() and (str(name) in CATALOGUE or len(Path(name).parts) != 2 or Path(name).is_absolute()):
         raise DataError(
@@ -46,6 +44,9 @@ def load_model(name="fashion-mnist", device=None):
 
 
 def _load_pipeline(source):
+    from diffusers import DiffusionPipeline
+    from diffusers.utils.logging import disable_progress_bar
+
     disable_progress_bar()  # a bar for two files says nothing, and notebooks would store it
     try:
         return DiffusionPipeline.from_pretrained(source, local_files_only=isinstance(source, Path))
@@ -59,7 +60,7 @@ def _load_pipeline(source):
         ) from error
 
 
-def fingerprint(model):
+def fingerprint(model: nn.Module) -> str:
     """Twelve hex digits that tell models apart: a hash of the weights. Of a quantized model, take it in full precision."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):

@@ -1,18 +1,22 @@
 """Activation statistics over (layer, t): ranges, drift, and what an interval per step could gain."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 
-from tdq_utils.errors import TDQError
+from tdq_utils.errors import DataError, TDQError
 from tdq_utils.method.grid import Grid, mse_step, squared_error
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 BINS = 4096  # over [-limit, limit], limit a power of two: 4 to 16 bins a step at 8 bits
 
 
-def bin_centres(limit):
+def bin_centres(limit: Any) -> np.ndarray:
     """Centres of the bins of a histogram over [-limit, limit]; ``limit`` may be an array ``"..."``."""
     return ((np.arange(BINS) + 0.5) * 2 / BINS - 1) * np.asarray(limit)[..., None]
 
@@ -24,11 +28,11 @@ class Profile:
     Attributes:
         layers: dotted names, in the order of execution. t: time steps, descending, ``"step"``.
         least, greatest, mean, std: ``"layer step"`` float64, in the units of the activations.
-        counts: histogram ``"layer step bin"`` int64 over [-limit, limit].
-        limit: ``"layer step"`` float64.
+        counts: histogram ``"layer step bin"`` int64 over [-limit, limit]. limit: ``"layer step"`` float64.
+        model: fingerprint of the full-precision model that was recorded; "quantized"; "": not known.
     """
 
-    layers: list
+    layers: list[str]
     t: np.ndarray
     least: np.ndarray
     greatest: np.ndarray
@@ -36,10 +40,11 @@ class Profile:
     std: np.ndarray
     counts: np.ndarray
     limit: np.ndarray
+    model: str = ""
     # What best_steps has searched for already: a profile does not change, and calibrators, drift and figures all ask.
-    searched: dict = field(default_factory=dict, init=False, repr=False, compare=False)
+    searched: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def percentile(self, q):
+    def percentile(self, q: float) -> np.ndarray:
         """The q-th percentile (0..100) of the magnitude, ``"layer step"``, to the width of a bin."""
         if not 0 <= q <= 100:
             raise TDQError(f"A percentile must be from 0 to 100; got {q}.")
@@ -50,48 +55,39 @@ class Profile:
         return np.minimum(upper_edge * self.limit / half, np.maximum(-self.least, self.greatest))
 
     @property
-    def frame(self):
+    def frame(self) -> "pd.DataFrame":
         """Tidy table, one row for each (layer, t): min, max, mean, std, and absolute percentiles p99, p999."""
-        step, layer = np.meshgrid(np.arange(len(self.t)), np.arange(len(self.layers)))
-        columns = {
-            "layer": np.array(self.layers, dtype=object)[layer.ravel()],
-            "step": step.ravel(),
-            "t": self.t[step.ravel()],
-            "min": self.least.ravel(),
-            "max": self.greatest.ravel(),
-            "mean": self.mean.ravel(),
-            "std": self.std.ravel(),
-            "p99": self.percentile(99).ravel(),
-            "p999": self.percentile(99.9).ravel(),
-        }
-        return pd.DataFrame(columns)
+        import pandas as pd
 
-    def row(self, layer):
+        step, layer = (rows.ravel() for rows in np.meshgrid(np.arange(len(self.t)), np.arange(len(self.layers))))
+        statistics = dict(min=self.least, max=self.greatest, mean=self.mean, std=self.std)
+        statistics |= dict(p99=self.percentile(99), p999=self.percentile(99.9))
+        named = {"layer": np.array(self.layers, dtype=object)[layer], "step": step, "t": self.t[step]}
+        return pd.DataFrame({**named, **{name: values.ravel() for name, values in statistics.items()}})
+
+    def row(self, layer: str | int) -> int:
         """Number of a layer given by its dotted name (or its number). TDQError: not profiled."""
         if isinstance(layer, (int, np.integer)):
-            return layer
+            return int(layer)
         if layer not in self.layers:
             raise TDQError(f"layer must be one of the {len(self.layers)} profiled ones, such as {self.layers[0]}; got {layer!r}.")
         return self.layers.index(layer)
 
-    def step(self, t):
+    def step(self, t: float) -> int:
         """Index of time step ``t`` along the trajectory. TDQError: not visited."""
         if t not in self.t:
             raise TDQError(f"t must be one of the profiled time steps, {', '.join(map(str, self.t))}; got {t}.")
         return int(np.flatnonzero(self.t == t)[0])
 
-    def grid(self, layer, bits, shifted=True):
+    def grid(self, layer: str | int, bits: int, shifted: bool = True) -> Grid:
         """The :class:`Grid` that suits a layer over all t; the symmetric one, unless it may be ``shifted``."""
-        if not shifted:
-            return Grid(bits)
         row = self.row(layer)
-        return Grid.for_range(bits, float(self.least[row].min()), float(self.greatest[row].max()))
+        return Grid.for_range(bits, self.least[row].min(), self.greatest[row].max()) if shifted else Grid(bits)
 
-    def values(self, layer, merge=1):
+    def values(self, layer: str | int, merge: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """``(values, counts)`` of a layer: tensors ``"step bin"``, float32, without the bins that are empty at every t.
 
-        Args:
-            merge: join so many neighbouring bins (a power of two), where speed matters more than resolution.
+        ``merge``: join so many neighbouring bins (a power of two), where speed matters more than resolution.
         """
         layer = self.row(layer)
         counts = self.counts[layer].reshape(len(self.t), -1, merge).sum(-1)
@@ -99,38 +95,26 @@ class Profile:
         used = counts.any(0)
         return torch.from_numpy(centres[:, used]).float(), torch.from_numpy(counts[:, used]).float()
 
-    def finest_merge(self, layer, s, bins=8):
+    def finest_merge(self, layer: str | int, s: float | torch.Tensor, bins: int = 8) -> int:
         """How many bins can be joined so that a step of size ``s`` still spans at least ``bins`` of them."""
         joined = float(s) / bins / (2 * self.limit[self.row(layer)].max() / BINS)
         return 2 ** int(np.clip(np.floor(np.log2(joined)), 0, 6))
 
-    def drift(self, bits=5):
-        """How much each layer drifts over t, and what an interval per step could gain.
+    def drift(self, bits: int = 5) -> "pd.DataFrame":
+        """How much each layer drifts over t, and what an interval per step could gain at so many ``bits``: one row a layer.
 
-        Args:
-            bits: of the activations, for the gain.
-
-        Returns:
-            DataFrame, one row a layer: ``ratio``, largest over smallest 99.9 % range; ``correlation``,
-            Pearson's r of that range with t; ``gain_db``, by how many dB the quantization error falls when the
-            MSE-optimal static interval is replaced by the MSE-optimal interval of each step: the most
-            that any interval that depends on t alone can give at this layer's input.
+        ``ratio``, largest over smallest 99.9 % range; ``correlation``, Pearson's r of that range with t; ``gain_db``, by how
+        many dB the quantization error falls when the MSE-optimal static interval is replaced by the MSE-optimal interval of
+        each step: the most that any interval that depends on t alone can give at this layer's input.
         """
-        reach = self.percentile(99.9)
-        rows = []
-        for i, layer in enumerate(self.layers):
-            varies = reach[i].std() > 0 and len(self.t) > 1
-            rows.append(
-                dict(
-                    layer=layer,
-                    ratio=reach[i].max() / max(reach[i].min(), 1e-12),
-                    correlation=np.corrcoef(reach[i], self.t)[0, 1] if varies else 0.0,
-                    gain_db=self._gain(i, bits),
-                )
-            )
-        return pd.DataFrame(rows)
+        import pandas as pd
 
-    def best_steps(self, layer, bits, shifted=True):
+        reach = self.percentile(99.9)
+        table = pd.DataFrame({"layer": self.layers, "ratio": np.divide(*np.maximum([reach.max(1), reach.min(1)], 1e-12))})
+        correlation = [np.corrcoef(row, self.t)[0, 1] if row.std() > 0 else 0.0 for row in reach]
+        return table.assign(correlation=correlation, gain_db=[self._gain(row, bits) for row in range(len(table))])
+
+    def best_steps(self, layer: str | int, bits: int, shifted: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """MSE-optimal step sizes of a layer: ``(static, per step)``, tensors ``""`` and ``"step"``; searched for once."""
         key = self.row(layer), bits, shifted
         if key not in self.searched:
@@ -141,17 +125,29 @@ class Profile:
 
     def _gain(self, layer, bits):
         grid, (values, counts) = self.grid(layer, bits), self.values(layer)
-        static, per_step = self.best_steps(layer, bits)
-        fixed, free = (squared_error(values, counts, s.expand(len(values)), grid).sum() for s in (static, per_step))
-        return 10 * float(torch.log10(fixed / free.clamp_min(1e-30)))
+        fixed, free = (squared_error(values, counts, s.expand(len(values)), grid).sum() for s in self.best_steps(layer, bits))
+        return 10 * float(torch.log10(fixed.clamp_min(1e-30) / free.clamp_min(1e-30)))  # a layer may always be zero
 
-    def save(self, path):
+    def save(self, path: str | Path) -> None:
         """Write the profile as npz (no pickles)."""
-        arrays = {name: value for name, value in vars(self).items() if name != "searched"}
-        np.savez_compressed(path, **{**arrays, "layers": np.array(self.layers, dtype=str)})
+        write_arrays(path, **{name: value for name, value in vars(self).items() if name != "searched"})
 
     @staticmethod
-    def load(path):
-        """Read a profile that :meth:`save` wrote."""
-        with np.load(path) as data:
-            return Profile(**{**dict(data), "layers": data["layers"].tolist()})
+    def load(path: str | Path) -> "Profile":
+        """Read a profile that :meth:`save` wrote. DataError: missing, damaged, or something else."""
+        try:
+            with np.load(path) as data:
+                profile = Profile(**{**data, "layers": data["layers"].tolist(), "model": str(data.get("model", ""))})
+            if profile.counts.shape != (shape := (len(profile.layers), len(profile.t), BINS)):
+                raise ValueError(f"counts must have the shape {shape}, got {profile.counts.shape}")
+            return profile
+        except Exception as error:
+            raise DataError(f"{path} must be a profile as Profile.save writes it; got {error!r}. Record it again.") from error
+
+
+def write_arrays(path: str | Path, **arrays: Any) -> None:
+    """Write an npz under exactly this name, beside its place first, so that a stop leaves the old file or the new."""
+    part = Path(f"{path}.part")
+    with open(part, "wb") as file:
+        np.savez_compressed(file, **arrays)
+    part.replace(path)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from tdq_utils.denoiser.loading import fingerprint
 from tdq_utils.denoiser.recording import as_profile, recording
 from tdq_utils.errors import TDQError
 from tdq_utils.fit import reconstruction
@@ -112,12 +113,13 @@ def _check_options(method, chooser, options):
 
 def profile_set(model, data, batch_size=16):
     """The :class:`tdq_utils.denoiser.profile.Profile` of a quantized model's layers, in full precision, on a calibration set."""
-    splits = {name: layer.split for name, layer in quantized_layers(model).items() if layer.split}
+    parts = {name: layer.activation.parts(name) for name, layer in quantized_layers(model).items() if layer.split}
     device = next(model.parameters()).device
-    with full_precision(model), torch.no_grad(), recording(model, set(quantized_layers(model)), splits) as cells:
+    with full_precision(model), torch.no_grad(), recording(model, set(quantized_layers(model)), parts) as cells:
         for x_t, t, condition in data.batches(batch_size, device):
             model(x_t, t, **condition)
-    return as_profile(cells)
+        made_by = fingerprint(model)
+    return as_profile(cells, made_by)
 
 
 def _choose(model, chooser, profile, shifted, progress, options):

@@ -135,6 +135,10 @@ class SplitQuantizer(nn.Module):
         """Fake-quantize each half with its own quantizer at :class:`TimeSteps` ``t``."""
         return torch.cat([q(half, t) for q, half in zip(self.halves, _halves(x, self.at), strict=True)], dim=1)
 
+    def parts(self, layer: str) -> dict[str, slice]:
+        """Names and channels of the two halves of the input of ``layer``."""
+        return {f"{layer}[:{self.at}]": slice(0, self.at), f"{layer}[{self.at}:]": slice(self.at, None)}
+
 
 def _halves(x, at):
     return x[:, :at], x[:, at:]

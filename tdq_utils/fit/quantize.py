@@ -6,7 +6,6 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from tdq_utils.denoiser.recording import half_names
 from tdq_utils.denoiser.sampling import timesteps
 from tdq_utils.errors import TDQError
 from tdq_utils.fit.layers import TWINS, Clock, SplitQuantizer, twin
@@ -161,7 +160,7 @@ def activation_quantizers(model):
     found = {}
     for name, layer in quantized_layers(model).items():
         if isinstance(layer.activation, SplitQuantizer):
-            found |= zip(half_names(name, layer.activation.at), layer.activation.halves, strict=True)
+            found |= zip(layer.activation.parts(name), layer.activation.halves, strict=True)
         elif layer.activation is not None:
             found[name] = layer.activation
     return found

@@ -2,9 +2,10 @@
 
 import itertools
 import math
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tdq_utils.errors import TDQError
@@ -20,14 +21,16 @@ class FourierFeatures(nn.Module):
         width: number of features, even.
     """
 
-    def __init__(self, width=128):
+    w: Tensor
+
+    def __init__(self, width: int = 128):
         super().__init__()
         if width < 2 or width % 2:
             raise TDQError(f"width must be even and at least 2; got {width}.")
         half = width // 2
         self.register_buffer("w", torch.exp(-math.log(10_000) * torch.arange(half) / half), persistent=False)
 
-    def forward(self, t):
+    def forward(self, t: Tensor) -> Tensor:
         """Time steps ``"batch"`` -> ``"batch width"``."""
         angles = t.float()[:, None] * self.w
         return torch.cat([angles.cos(), angles.sin()], dim=1)
@@ -36,7 +39,7 @@ class FourierFeatures(nn.Module):
 class RawTime(nn.Module):
     """The time step itself, scaled to 0..1: the encoding that Fourier features are compared with."""
 
-    def forward(self, t):
+    def forward(self, t: Tensor) -> Tensor:
         """Time steps ``"batch"`` -> ``"batch 1"``."""
         return t.float()[:, None] / 1000
 
@@ -54,7 +57,11 @@ class StepGenerator(StepSize):
         scaled: with a learned factor, as :meth:`learn_scale` adds it.
     """
 
-    def __init__(self, s_0=1.0, features=None, depth=4, hidden=64, dropout=0.2, scaled=False):
+    mlp: Any
+    log_scale: nn.Parameter | None
+
+    def __init__(self, s_0: float = 1.0, features: nn.Module | None = None, depth: int = 4, hidden: int = 64,
+                 dropout: float = 0.2, scaled: bool = False):  # fmt: skip
         super().__init__()
         if not s_0 > 0:
             raise TDQError(f"s_0 must be positive; got {s_0}.")
@@ -70,7 +77,7 @@ class StepGenerator(StepSize):
         if scaled:
             self.learn_scale()
 
-    def learn_scale(self):
+    def learn_scale(self) -> None:
         """Add a learned factor, 1 at first, if there is none: ``s(t) = exp(log_scale) softplus(MLP(enc(t)))``.
 
         What a constant does at its rate, all of s(t) can then do at the same; the network is left with the shape over t.
@@ -78,7 +85,7 @@ class StepGenerator(StepSize):
         if self.log_scale is None:
             self.log_scale = nn.Parameter(torch.zeros((), device=self.mlp[-1].bias.device))
 
-    def settings(self):
+    def settings(self) -> dict[str, Any]:
         """Width of the features (1: raw t), depth, hidden width, dropout, and whether there is a learned factor."""
         linears = [layer for layer in self.mlp if isinstance(layer, nn.Linear)]
         width, hidden = linears[0].in_features, linears[-1].in_features
@@ -96,12 +103,12 @@ class StepGenerator(StepSize):
         # The inverse of softplus, written so that neither large nor small s_0 loses digits.
         self.mlp[-1].bias.fill_(s_0 + math.log(-math.expm1(-s_0)))
 
-    def at(self, t):
+    def at(self, t: Tensor) -> Tensor:
         """s(t) for time steps ``"batch"`` -> ``"batch"``, positive; differentiable in the weights."""
         s = F.softplus(self.mlp(self.features(t))).squeeze(1).clamp_min(1e-8)
         return s if self.log_scale is None else s * self.log_scale.exp()
 
-    def forward(self, x, t, grid):
+    def forward(self, x: Any, t: Any, grid: Any) -> Tensor:
         """One value, or one for each sample."""
         return t.spread(self.at(self._tensor(t.values)) if self.training else self._each(t.values))
 

@@ -1,19 +1,22 @@
 """Training-time quantizers: what gradient a step size gets. At evaluation all of them round to the same grid."""
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tdq_utils.method.grid import fake_quantize
+from tdq_utils.method.grid import Grid, fake_quantize
 
 PACT_DECAY = 1e-4  # what balances the pull of clipped values is 1e-5 to 8e-4 in the shipped model's convolutions, at 4 bits
 
 
-def lsq(x, s, grid):
+def lsq(x: Tensor, s: Tensor, grid: Grid) -> Tensor:
     """LSQ (Esser et al. 2020): rounding with the gradient of eq. 3, scaled by ``1 / sqrt(N q_max)``, N values a step size."""
     return fake_quantize(x, s, grid, grad_factor=(x.numel() / s.numel() * grid.q_max) ** -0.5)
 
 
-def pact(x, s, grid, decay=PACT_DECAY):
+def pact(x: Tensor, s: Tensor, grid: Grid, decay: float = PACT_DECAY) -> Tensor:
     """PACT (Choi et al. 2018): the end of the grid learns from the values beyond it alone; rounding is straight-through.
 
     They only ever widen it; what holds against them is the L2 decay of PACT's alpha, ``s q_max``: ``decay / 2 alpha**2`` is
@@ -26,13 +29,13 @@ def pact(x, s, grid, decay=PACT_DECAY):
     return clipped + (fake_quantize(x.detach(), s.detach(), grid) - clipped).detach()
 
 
-def nipq(x, s, grid):
+def nipq(x: Tensor, s: Tensor, grid: Grid) -> Tensor:
     """NIPQ (Shin et al. 2023): uniform noise of one step in place of rounding; its width and the truncation are learned."""
     noise = torch.rand_like(x) - 0.5
     return _Clip.apply(x, s, grid) + _spread(s, x) * noise
 
 
-RULES = {"lsq": lsq, "pact": pact, "nipq": nipq}
+RULES: dict[str, Callable[..., Tensor]] = {"lsq": lsq, "pact": pact, "nipq": nipq}
 
 
 def _spread(s, x):

@@ -164,7 +164,7 @@ def test_dynamic_methods_need_no_calibration(unet, scheduler):
         ("dynamic", {"method": "mse"}, "method must be one of dynamic, dynamic-sample for this model; got 'mse'"),
         ("mse", {"seeds": range(0)}, "seeds must name at least one image"),
         ("dynamic", {"shifted": False}, "shifted=False belongs to methods that measure ranges; 'dynamic' chooses a grid"),
-        ("mse", {"steps": 0}, "steps must be from 1 to 1000; got 0"),
+        ("mse", {"steps": 0}, "steps must be a whole number from 1 to 1000; got 0"),
     ],
 )
 def test_bad_input(unet, scheduler, prepared, options, message):

@@ -1,0 +1,104 @@
+"""The one reader of a denoiser's call: which time step has each sample. What a call knows lives as long as the call."""
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from tdq_utils.errors import TDQError
+from tdq_utils.method.step_sizes import TimeSteps
+
+TIME = ("timestep", "timesteps", "t")  # what the families of diffusers call it
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of ``model`` that has begun and not ended; ``outer``: the call that it was made in."""
+
+    model: nn.Module | None
+    times: TimeSteps | None
+    outer: "_Call | None"
+
+
+# Not on the model: one model may be called in two threads, at two time steps.
+_CALL: ContextVar[_Call | None] = ContextVar("call", default=None)
+
+
+def time_argument(model: nn.Module) -> str:
+    """The name of the argument that carries the time step. TDQError: ``forward`` has none."""
+    names = inspect.signature(model.forward).parameters
+    found = next((name for name in TIME if name in names), None)
+    if found is None:
+        raise TDQError(
+            f"A denoiser takes the time step as one of {', '.join(TIME)}; {type(model).__name__}.forward takes "
+            f"{', '.join(names)}. Wrap it in a module whose forward does."
+        )
+    return found
+
+
+def read_times(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> TimeSteps:
+    """The time steps of a call ``model(*args, **kwargs)``, by the signature of the model: as received, in any unit.
+
+    Time steps ``"batch token"`` (image to video) count by the noisiest token of each sample.
+
+    Raises:
+        TDQError: no time step, or a number of them that is neither 1 nor that of the samples.
+    """
+    call, name = inspect.signature(model.forward).bind(*args, **kwargs).arguments, time_argument(model)
+    t, first = call.get(name), next(iter(call.values()))
+    if t is None:
+        raise TDQError(f"The model must be told the time step; got none. Call model(sample, {name}).")
+    t = torch.as_tensor(t)
+    return TimeSteps(t.flatten(1).amax(1) if t.dim() > 1 else t, batch=len(first))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model takes its inputs: its execution device if accelerate offloads it, else that of its parameters."""
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    offloaded = next((hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None), None)
+    return torch.device(offloaded) if offloaded is not None else next(model.parameters()).device
+
+
+def prediction(output: Any) -> torch.Tensor:
+    """The tensor that a denoiser predicts, from what it returned: an object with ``sample``, a tuple, or the tensor itself."""
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def follow(model: nn.Module) -> list[RemovableHandle]:
+    """Let :func:`now` know the time steps of the model's calls, until the handles are removed."""
+    return [
+        model.register_forward_pre_hook(_enter, with_kwargs=True),
+        model.register_forward_hook(_leave, always_call=True),
+    ]
+
+
+def _enter(model, args, kwargs):
+    _CALL.set(_Call(model, read_times(model, args, kwargs), _CALL.get()))
+
+
+def _leave(model, args, output):
+    call = _CALL.get()
+    if call is not None and call.model is model:  # else it failed before it was entered
+        _CALL.set(call.outer)
+
+
+def now() -> TimeSteps | None:
+    """The time steps of the innermost call under way in this thread; ``None`` outside of any."""
+    call = _CALL.get()
+    return call.times if call else None
+
+
+@contextmanager
+def at_times(times: TimeSteps) -> Iterator[None]:
+    """While open, :func:`now` gives ``times``: for parts of a model that are called without the model around them."""
+    token = _CALL.set(_Call(None, times, _CALL.get()))
+    try:
+        yield
+    finally:
+        _CALL.reset(token)

@@ -67,7 +67,9 @@ def device_of(model: nn.Module) -> torch.device:
 
 def prediction(output: Any) -> torch.Tensor:
     """The tensor that a denoiser predicts, from what it returned: an object with ``sample``, a tuple, or the tensor itself."""
-    return output if isinstance(output, torch.Tensor) else output[0]
+    if isinstance(output, torch.Tensor):
+        return output
+    return output.sample if hasattr(output, "sample") else output[0]
 
 
 def follow(model: nn.Module) -> list[RemovableHandle]:

@@ -10,8 +10,7 @@ from torch import nn
 
 from tdq_utils.errors import DataError
 
-# The repository's data folder; a wheel without it can point elsewhere.
-DATA = Path(os.environ.get("TDQ_DATA", Path(__file__).resolve().parents[2] / "data"))
+DATA = Path(os.environ.get("TDQ_DATA", Path(__file__).resolve().parents[2] / "data"))  # wheels have none: TDQ_DATA points to it
 CATALOGUE = {"fashion-mnist": DATA / "models" / "fashion-mnist"}
 
 
@@ -24,13 +23,10 @@ def load_model(name: str | Path = "fashion-mnist", device: str | torch.device | 
         device: where to put the model; default: CUDA if there is one, else the CPU.
 
     Returns:
-        ``(model, scheduler)``: the denoiser in eval mode, gradients off, channels-last; a
-        ``DDIMScheduler`` with "trailing" spacing, so that sampling starts at t = 999.
-
-    Raises:
-        DataError: unknown name, a folder without a pipeline, or no network.
+        ``(model, scheduler)``: the denoiser in eval mode, gradients off, channels-last; a ``DDIMScheduler`` with "trailing"
+        spacing, so that sampling starts at t = 999. DataError: unknown name, a folder without a pipeline, or no network.
     """
-    from diffusers import DDIMScheduler  # slow to import
+    from diffusers import DDIMScheduler  # slow to import, here and below
 
     source = CATALOGUE.get(str(name), Path(name))
     if not source.is_dir() and (str(name) in CATALOGUE or len(Path(name).parts) != 2 or Path(name).is_absolute()):

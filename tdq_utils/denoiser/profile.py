@@ -28,8 +28,8 @@ class Profile:
     Attributes:
         layers: dotted names, in the order of execution. t: time steps, descending, ``"step"``.
         least, greatest, mean, std: ``"layer step"`` float64, in the units of the activations.
-        counts: histogram ``"layer step bin"`` int64 over [-limit, limit].
-        limit: ``"layer step"`` float64. model: fingerprint of the model that was recorded, ``""``: not known.
+        counts: histogram ``"layer step bin"`` int64 over [-limit, limit]. limit: ``"layer step"`` float64.
+        model: fingerprint of the full-precision model that was recorded; "quantized"; "": not known.
     """
 
     layers: list[str]
@@ -59,24 +59,16 @@ class Profile:
         """Tidy table, one row for each (layer, t): min, max, mean, std, and absolute percentiles p99, p999."""
         import pandas as pd
 
-        step, layer = np.meshgrid(np.arange(len(self.t)), np.arange(len(self.layers)))
-        columns = {
-            "layer": np.array(self.layers, dtype=object)[layer.ravel()],
-            "step": step.ravel(),
-            "t": self.t[step.ravel()],
-            "min": self.least.ravel(),
-            "max": self.greatest.ravel(),
-            "mean": self.mean.ravel(),
-            "std": self.std.ravel(),
-            "p99": self.percentile(99).ravel(),
-            "p999": self.percentile(99.9).ravel(),
-        }
-        return pd.DataFrame(columns)
+        step, layer = (rows.ravel() for rows in np.meshgrid(np.arange(len(self.t)), np.arange(len(self.layers))))
+        statistics = dict(min=self.least, max=self.greatest, mean=self.mean, std=self.std)
+        statistics |= dict(p99=self.percentile(99), p999=self.percentile(99.9))
+        named = {"layer": np.array(self.layers, dtype=object)[layer], "step": step, "t": self.t[step]}
+        return pd.DataFrame({**named, **{name: values.ravel() for name, values in statistics.items()}})
 
     def row(self, layer: str | int) -> int:
         """Number of a layer given by its dotted name (or its number). TDQError: not profiled."""
         if isinstance(layer, (int, np.integer)):
-            return layer
+            return int(layer)
         if layer not in self.layers:
             raise TDQError(f"layer must be one of the {len(self.layers)} profiled ones, such as {self.layers[0]}; got {layer!r}.")
         return self.layers.index(layer)
@@ -89,16 +81,13 @@ class Profile:
 
     def grid(self, layer: str | int, bits: int, shifted: bool = True) -> Grid:
         """The :class:`Grid` that suits a layer over all t; the symmetric one, unless it may be ``shifted``."""
-        if not shifted:
-            return Grid(bits)
         row = self.row(layer)
-        return Grid.for_range(bits, float(self.least[row].min()), float(self.greatest[row].max()))
+        return Grid.for_range(bits, self.least[row].min(), self.greatest[row].max()) if shifted else Grid(bits)
 
     def values(self, layer: str | int, merge: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """``(values, counts)`` of a layer: tensors ``"step bin"``, float32, without the bins that are empty at every t.
 
-        Args:
-            merge: join so many neighbouring bins (a power of two), where speed matters more than resolution.
+        ``merge``: join so many neighbouring bins (a power of two), where speed matters more than resolution.
         """
         layer = self.row(layer)
         counts = self.counts[layer].reshape(len(self.t), -1, merge).sum(-1)
@@ -112,32 +101,18 @@ class Profile:
         return 2 ** int(np.clip(np.floor(np.log2(joined)), 0, 6))
 
     def drift(self, bits: int = 5) -> "pd.DataFrame":
-        """How much each layer drifts over t, and what an interval per step could gain.
+        """How much each layer drifts over t, and what an interval per step could gain at so many ``bits``: one row a layer.
 
-        Args:
-            bits: of the activations, for the gain.
-
-        Returns:
-            DataFrame, one row a layer: ``ratio``, largest over smallest 99.9 % range; ``correlation``,
-            Pearson's r of that range with t; ``gain_db``, by how many dB the quantization error falls when the
-            MSE-optimal static interval is replaced by the MSE-optimal interval of each step: the most
-            that any interval that depends on t alone can give at this layer's input.
+        ``ratio``, largest over smallest 99.9 % range; ``correlation``, Pearson's r of that range with t; ``gain_db``, by how
+        many dB the quantization error falls when the MSE-optimal static interval is replaced by the MSE-optimal interval of
+        each step: the most that any interval that depends on t alone can give at this layer's input.
         """
         import pandas as pd
 
         reach = self.percentile(99.9)
-        rows = []
-        for i, layer in enumerate(self.layers):
-            varies = reach[i].std() > 0 and len(self.t) > 1
-            rows.append(
-                dict(
-                    layer=layer,
-                    ratio=reach[i].max() / max(reach[i].min(), 1e-12),
-                    correlation=np.corrcoef(reach[i], self.t)[0, 1] if varies else 0.0,
-                    gain_db=self._gain(i, bits),
-                )
-            )
-        return pd.DataFrame(rows)
+        table = pd.DataFrame({"layer": self.layers, "ratio": np.divide(*np.maximum([reach.max(1), reach.min(1)], 1e-12))})
+        correlation = [np.corrcoef(row, self.t)[0, 1] if row.std() > 0 else 0.0 for row in reach]
+        return table.assign(correlation=correlation, gain_db=[self._gain(row, bits) for row in range(len(table))])
 
     def best_steps(self, layer: str | int, bits: int, shifted: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """MSE-optimal step sizes of a layer: ``(static, per step)``, tensors ``""`` and ``"step"``; searched for once."""
@@ -150,24 +125,24 @@ class Profile:
 
     def _gain(self, layer, bits):
         grid, (values, counts) = self.grid(layer, bits), self.values(layer)
-        static, per_step = self.best_steps(layer, bits)
-        fixed, free = (squared_error(values, counts, s.expand(len(values)), grid).sum() for s in (static, per_step))
-        # A layer that is always zero has no error to lower.
-        return 10 * float(torch.log10(fixed / free.clamp_min(1e-30))) if fixed > 0 else 0.0
+        fixed, free = (squared_error(values, counts, s.expand(len(values)), grid).sum() for s in self.best_steps(layer, bits))
+        return 10 * float(torch.log10(fixed.clamp_min(1e-30) / free.clamp_min(1e-30)))  # a layer may always be zero
 
     def save(self, path: str | Path) -> None:
         """Write the profile as npz (no pickles)."""
-        arrays = {name: value for name, value in vars(self).items() if name != "searched"}
-        write_arrays(path, **{**arrays, "layers": np.array(self.layers, dtype=str)})
+        write_arrays(path, **{name: value for name, value in vars(self).items() if name != "searched"})
 
     @staticmethod
     def load(path: str | Path) -> "Profile":
-        """Read a profile that :meth:`save` wrote. DataError: missing or damaged."""
+        """Read a profile that :meth:`save` wrote. DataError: missing, damaged, or something else."""
         try:
             with np.load(path) as data:
-                return Profile(**{**dict(data), "layers": data["layers"].tolist(), "model": str(data.get("model", ""))})
+                profile = Profile(**{**data, "layers": data["layers"].tolist(), "model": str(data.get("model", ""))})
+            if profile.counts.shape != (shape := (len(profile.layers), len(profile.t), BINS)):
+                raise ValueError(f"counts must have the shape {shape}, got {profile.counts.shape}")
+            return profile
         except Exception as error:
-            raise DataError(f"{path} must be a profile as Profile.save writes it: {error!r}; record it again.") from error
+            raise DataError(f"{path} must be a profile as Profile.save writes it; got {error!r}. Record it again.") from error
 
 
 def write_arrays(path: str | Path, **arrays: Any) -> None:

@@ -11,8 +11,8 @@ from torch import nn
 
 from tdq_utils.denoiser.call import follow, now
 from tdq_utils.denoiser.loading import fingerprint
-from tdq_utils.denoiser.profile import BINS, Profile, bin_centres
-from tdq_utils.denoiser.sampling import sample
+from tdq_utils.denoiser.profile import BINS, Profile
+from tdq_utils.denoiser.sampling import number, sample
 from tdq_utils.errors import TDQError
 from tdq_utils.method.step_sizes import StepSize
 
@@ -20,15 +20,13 @@ LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 class Histogram:
-    """A running histogram over [-limit, limit] whose limit doubles when a value does not fit.
+    """A running histogram over [-limit, limit]; the limit, at first far below any activation, doubles when a value does not fit.
 
-    It starts far below any activation. It is a power of two and pairs of bins merge when it doubles, so the counts do not depend
-    on how the values were split into batches.
+    It is a power of two and pairs of bins merge, so the counts do not depend on how the values were split into batches.
     """
 
-    def __init__(self, counts: np.ndarray | None = None, limit: float = 2.0**-100):
-        self.counts = np.zeros(BINS, dtype=np.int64) if counts is None else counts
-        self.limit = limit
+    def __init__(self) -> None:
+        self.counts, self.limit = np.zeros(BINS, dtype=np.int64), 2.0**-100
 
     def add(self, x: torch.Tensor, greatest: float) -> None:
         """Count the values of tensor ``x``, none of which exceeds ``greatest`` in magnitude."""
@@ -40,11 +38,6 @@ class Histogram:
         # Scaling by a power of two and floor are exact: no value changes its bin when the limit doubles. 16 bits hold a bin.
         index = _flat(x).mul(BINS / 2 / self.limit).floor_().add_(BINS // 2).to(torch.int16)
         self.counts += torch.bincount(index, minlength=BINS).cpu().numpy()
-
-    @property
-    def centres(self) -> np.ndarray:
-        """Centres of the bins, ``"bin"`` float64."""
-        return bin_centres(self.limit)
 
 
 def _flat(x):
@@ -76,14 +69,12 @@ class _Cell:
 
 
 @contextmanager
-def recording(
-    model: nn.Module, layers: Container[str] | None = None, parts: dict[str, dict[str, slice]] | None = None
-) -> Iterator[dict[tuple[str, float], _Cell]]:
+def recording(model: nn.Module, layers: Container[str] | None = None,
+              parts: dict[str, dict[str, slice]] | None = None) -> Iterator[dict[tuple[str, float], _Cell]]:  # fmt: skip
     """While open, count the inputs of the model's conv and linear layers; the hooks are gone afterwards.
 
     Yields a dict ``{(layer, t): statistics}`` that :func:`as_profile` turns into a :class:`Profile`. The time step of each
-    call is read from the call itself (:mod:`tdq_utils.denoiser.call`). ``parts`` maps layers to named ranges of channels
-    that are counted apart.
+    call is read from the call itself. ``parts`` maps layers to named ranges of channels that are counted apart.
     """
     cells: dict[tuple[str, float], _Cell] = {}
 
@@ -92,12 +83,12 @@ def recording(
             (t, *others), x = now().values, args[0].detach()
             if others:
                 raise TDQError(f"All samples of a profiled call must share one t; got {t:g} and {others[0]:g}.")
-            for part, channels in (parts or {}).get(name, {name: slice(None)}).items():
-                cells.setdefault((part, t), _Cell()).add(x[:, channels] if part != name else x)
+            for part, channels in (parts or {}).get(name, {name: ...}).items():
+                cells.setdefault((part, t), _Cell()).add(x if channels is ... else x[:, channels])
 
         return hook
 
-    # Quantizers have layers of their own, which are not the model's.
+    # Generators have layers of their own, which are not the model's.
     inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, StepSize))
     handles = follow(model)
     try:
@@ -112,46 +103,29 @@ def recording(
 
 def as_profile(cells: dict[tuple[str, float], _Cell], model: str = "") -> Profile:
     """Statistics ``{(layer, t): cell}`` -> :class:`Profile`; ``model``: fingerprint of the one that was recorded."""
-    layers = list(dict.fromkeys(layer for layer, _ in cells))
-    t = sorted({t for _, t in cells}, reverse=True)
-    whole = all(float(value).is_integer() for value in t)
-    rows = [[cells[layer, value] for value in t] for layer in layers]
+    layers, times = list(dict.fromkeys(layer for layer, _ in cells)), sorted({t for _, t in cells}, reverse=True)
 
     def table(get):
-        return np.array([[get(cell) for cell in row] for row in rows])
+        return np.array([[get(cells[layer, t]) for t in times] for layer in layers])
 
-    mean = table(lambda c: c.total / c.count)
-    return Profile(
-        layers=layers,
-        t=np.array([int(value) if whole else value for value in t]),
-        model=model,
-        least=table(lambda c: c.least),
-        greatest=table(lambda c: c.greatest),
-        mean=mean,
-        std=np.sqrt(np.maximum(table(lambda c: c.squares / c.count) - mean**2, 0)),
-        counts=table(lambda c: c.histogram.counts),
-        limit=table(lambda c: c.histogram.limit),
-    )
+    least, greatest, mean = table(lambda c: c.least), table(lambda c: c.greatest), table(lambda c: c.total / c.count)
+    std = np.sqrt(np.maximum(table(lambda c: c.squares / c.count) - mean**2, 0))
+    counts, limit = table(lambda c: c.histogram.counts), table(lambda c: c.histogram.limit)
+    return Profile(layers, np.array([number(t) for t in times]), least, greatest, mean, std, counts, limit, model)
 
 
 def profile_activations(model: nn.Module, scheduler: Any, seeds: int | Iterable[int] = range(64), steps: int = 50,
                         layers: Container[str] | None = None, **sampling: Any) -> Profile:  # fmt: skip
     """Record the input of every conv and linear layer along the model's own sampling trajectory.
 
-    No activation is kept: each (layer, t) has running sums and one histogram, so memory does not grow with
-    the number of images.
+    No activation is kept, but running sums and one histogram for each (layer, t): memory does not grow with the images.
 
     Args:
         model, scheduler, seeds, steps: as for :func:`tdq_utils.denoiser.sampling.sample`.
         layers: dotted names to record; default: all conv and linear layers.
-        sampling: ``batch_size``, ``condition``, ``progress``, ``callback`` of ``sample``.
-
-    Returns:
-        :class:`Profile`.
-
-    Raises:
-        TDQError: no seeds, a step count out of range, or activations that are not finite.
+        sampling: ``batch_size``, ``condition``, ``progress``, ``callback`` of ``sample``. TDQError: activations are not finite.
     """
     with recording(model, layers) as cells:
         sample(model, scheduler, seeds, steps, pad=False, **sampling)  # an image that fills a batch must not count
-    return as_profile(cells, "" if hasattr(model, "quantization") else fingerprint(model))
+    # The inputs of a quantized model's layers are not those to choose its step sizes by.
+    return as_profile(cells, "quantized" if hasattr(model, "quantization") else fingerprint(model))

@@ -1,26 +1,40 @@
 """Noise from seeds, and the deterministic sampler with a callback."""
 
 import inspect
-import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from tdq_utils.denoiser.call import device_of, prediction
 from tdq_utils.errors import TDQError
 
+Seeds = int | Iterable[int]
+Callback = Callable[[dict[str, Any]], Any] | None
+Condition = dict[str, Tensor] | None
 
-def noise(seeds: Iterable[int], shape: Sequence[int]) -> torch.Tensor:
-    """Standard normal noise; entry i depends on ``seeds[i]`` alone.
+
+def noise(seeds: Iterable[int], shape: Sequence[int]) -> Tensor:
+    """Standard normal noise ``"seed *shape"``, float32; entry i depends on ``seeds[i]`` alone.
 
     Drawn on the CPU, because the bits of a GPU's generator differ from device to device.
-
-    Returns:
-        Tensor ``"seed *shape"`` float32.
     """
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds])
+
+
+def number(t: Any) -> float:
+    """A time step as a plain number: an ``int`` if it is whole."""
+    return int(t) if float(t).is_integer() else float(t)
+
+
+def checked_whole(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """``value`` as an ``int``, whatever library it comes from. TDQError: no whole number, or out of range."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if type(value) is not int or not least <= value <= (most or 2**63 - 1):
+        raise TDQError(f"{name} must be a whole number from {least} {f'to {most}' if most else 'up'}; got {value!r}.")
+    return value
 
 
 def timesteps(scheduler: Any, steps: int | None = None) -> list[Any]:
@@ -28,68 +42,52 @@ def timesteps(scheduler: Any, steps: int | None = None) -> list[Any]:
     limit = scheduler.config.num_train_timesteps
     if steps is None:
         return list(range(limit))[::-1]
-    if isinstance(steps, float) or not 1 <= steps <= limit:
-        raise TDQError(f"steps must be a whole number from 1 to {limit}; got {steps}.")
+    steps = checked_whole("steps", steps, 1, limit)
     scheduler = type(scheduler).from_config(scheduler.config)
     scheduler.set_timesteps(steps)
-    return [int(t) if float(t).is_integer() else float(t) for t in scheduler.timesteps]
+    return [number(t) for t in scheduler.timesteps]
 
 
-def checked_seeds(seeds: int | Iterable[int]) -> list[int]:
+def checked_seeds(seeds: Seeds) -> list[int]:
     """``seeds`` as a non-empty list of ints; a single int is a list of one. TDQError: none given, or no whole numbers."""
-    try:
-        found = [operator.index(seed) for seed in (seeds if isinstance(seeds, Iterable) else [seeds])]
-    except TypeError:
-        raise TDQError(f"seeds must be whole numbers, one an image; got {seeds!r}. Pass for example range(16).") from None
-    if not found or min(found) < 0:
-        got = f"{min(found)}" if found else "an empty range"
-        raise TDQError(f"seeds must name at least one image, by numbers from 0; got {got}. Pass for example range(16).")
+    seeds = seeds.tolist() if hasattr(seeds, "tolist") else seeds
+    found = [checked_whole("A seed", seed, 0) for seed in (seeds if isinstance(seeds, Iterable) else [seeds])]
+    if not found:
+        raise TDQError("seeds must name at least one image; got an empty range. Pass for example range(16).")
     return found
 
 
-def sample(model: Any, scheduler: Any, seeds: int | Iterable[int] = range(64), steps: int = 50, batch_size: int = 16,
-           callback: Callable[[dict[str, Any]], Any] | None = None, condition: dict[str, torch.Tensor] | None = None,
-           progress: bool = True, pad: bool = True) -> torch.Tensor:  # fmt: skip
+def sample(model: Any, scheduler: Any, seeds: Seeds = range(64), steps: int = 50, batch_size: int = 16, callback: Callback = None,
+           condition: Condition = None, progress: bool = True, pad: bool = True) -> Tensor:  # fmt: skip
     """Generate one image per seed with DDIM (Song et al. 2021, eta = 0).
 
-    Every batch is filled up to ``batch_size``, because the last bits of a convolution depend on the size of its
-    batch, and a quantizer turns a last bit into a whole level. So the bits of image i depend on its seed, the
-    machine and ``batch_size`` alone: not on its neighbours, their number, or its place among them. (The method
-    "dynamic" is the exception: its interval is that of the whole batch, by definition.)
+    Every batch is filled up to ``batch_size``, because the last bits of a convolution depend on the size of its batch, and
+    a quantizer turns a last bit into a whole level. So the bits of image i depend on its seed, the machine and ``batch_size``
+    alone, not on its neighbours. (The method "dynamic" is the exception: its interval is that of the batch, by definition.)
 
     Args:
-        model: any diffusers denoiser that takes ``(sample, timestep)``, in the state it is in
-            (full precision, or quantized and calibrated).
+        model: any diffusers denoiser that takes ``(sample, timestep)``, in the state it is in: full precision or quantized.
         scheduler: a diffusers scheduler; it is copied, never changed.
-        seeds: one int an image. steps: sampling steps. batch_size: images at a time; 16 is as fast as more on a
-            CPU, a GPU wants hundreds.
+        seeds: one int an image. steps: of sampling. batch_size: images at a time; 16 is enough for a CPU, a GPU wants hundreds.
         callback: called after each step with a dict: ``step`` (index), ``t``, ``x_t`` (before the step),
             ``eps`` (the model's output), ``x_prev`` (after the step), ``seeds`` (of this batch).
-        condition: further keyword arguments of the model, such as ``{"class_labels": tensor}``, each with one
-            row a seed.
+        condition: further keyword arguments of the model, such as ``{"class_labels": tensor}``, each with one row a seed.
         progress: show a bar over model calls. pad: fill up the last batch.
 
     Returns:
-        Images ``"seed channel height width"`` float32 on the CPU, in [-1, 1] for models of images.
-
-    Raises:
-        TDQError: no seeds, a step count out of range, a model in training mode, or uncalibrated, or wrongly frozen.
+        Images ``"seed channel height width"`` float32 on the CPU, in [-1, 1] for models of images. TDQError: no seeds, steps
+        out of range, a model in training mode, not calibrated, or frozen for other steps.
     """
-    how: dict[str, Any] = dict(callback=callback, condition=condition, progress=progress, pad=pad)
-    return torch.cat(list(sample_batches(model, scheduler, seeds, steps, batch_size, **how)))
+    return torch.cat(list(sample_batches(model, scheduler, seeds, steps, batch_size, callback, condition, progress, pad)))
 
 
 @torch.no_grad()
-def sample_batches(model: Any, scheduler: Any, seeds: int | Iterable[int], steps: int = 50, batch_size: int = 16,
-                   callback: Callable[[dict[str, Any]], Any] | None = None, condition: dict[str, torch.Tensor] | None = None,
-                   progress: bool = True, pad: bool = True) -> Iterator[torch.Tensor]:  # fmt: skip
+def sample_batches(model: Any, scheduler: Any, seeds: Seeds, steps: int = 50, batch_size: int = 16, callback: Callback = None,
+                   condition: Condition = None, progress: bool = True, pad: bool = True) -> Iterator[Tensor]:  # fmt: skip
     """:func:`sample`, a batch at a time: yields images, so that any number of them needs the memory of one batch."""
-    seeds = checked_seeds(seeds)
-    if batch_size < 1:
-        raise TDQError(f"batch_size must be at least 1; got {batch_size}.")
+    seeds, batch_size, condition = checked_seeds(seeds), checked_whole("batch_size", batch_size, 1), condition or {}
     if getattr(model, "training", False):
         raise TDQError("Sampling takes a model in eval mode; this one is in training mode. Call model.eval().")
-    condition = condition or {}
     if wrong := {k: len(v) for k, v in condition.items() if len(v) != len(seeds)}:
         raise TDQError(f"condition must have one row for each of the {len(seeds)} seeds; got {wrong}.")
     starts = range(0, len(seeds), batch_size)
@@ -118,13 +116,12 @@ def _trajectory(model, scheduler, x_t, steps, condition, callback, seeds, bar):
             eps = eps.chunk(2, dim=1)[0]
         x_prev = scheduler.step(eps, t, x_t, **eta).prev_sample
         if callback:
-            callback(dict(step=step, t=int(t), x_t=x_t[:n], eps=eps[:n], x_prev=x_prev[:n], seeds=seeds))
+            callback(dict(step=step, t=number(t), x_t=x_t[:n], eps=eps[:n], x_prev=x_prev[:n], seeds=seeds))
         x_t = x_prev
         bar.update()
     return x_t[:n].float().cpu().contiguous()
 
 
 def _shape(model):
-    config = model.config
-    size = config.sample_size
-    return (config.in_channels, *(size if isinstance(size, (tuple, list)) else (size, size)))
+    size = model.config.sample_size
+    return (model.config.in_channels, *(size if isinstance(size, (tuple, list)) else (size, size)))

@@ -23,6 +23,8 @@ class FourierFeatures(nn.Module):
         width: number of features, even.
     """
 
+    w: torch.Tensor
+
     def __init__(self, width: int = 128):
         super().__init__()
         if width < 2 or width % 2:

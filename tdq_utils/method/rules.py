@@ -1,5 +1,7 @@
 """Training-time quantizers: what gradient a step size gets. At evaluation all of them round to the same grid."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -33,7 +35,7 @@ def nipq(x: Tensor, s: Tensor, grid: Grid) -> Tensor:
     return _Clip.apply(x, s, grid) + _spread(s, x) * noise
 
 
-RULES = {"lsq": lsq, "pact": pact, "nipq": nipq}
+RULES: dict[str, Callable[..., Tensor]] = {"lsq": lsq, "pact": pact, "nipq": nipq}
 
 
 def _spread(s, x):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tdq_utils import Profile, profile_activations, sample
+from tdq_utils import Profile, calibrate, profile_activations, quantize, sample
 from tdq_utils.denoiser.loading import fingerprint
 from tdq_utils.denoiser.recording import Histogram, as_profile, recording
 from tdq_utils.errors import DataError, TDQError
@@ -67,6 +67,21 @@ def test_histogram_does_not_depend_on_the_split():
     assert (counts[0] == counts[1]).all() and (counts[0] == counts[2]).all()
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-9, 1e-5, 2.0**-7, 0.1, 1.0, 1000.0])
+def test_histograms_are_as_fine_for_small_values(scale):
+    """And for those that always had their own limit, 2**-6 at least, as they were: bin for bin, however they come in."""
+    x = torch.cat([torch.randn(5_000) * scale, torch.zeros(100), torch.tensor([scale / 2, -scale / 2])])
+    now, before = Histogram(), Histogram()
+    before.limit = 2.0**-6
+    for part in (x, x * 0.01, x * 1.5):
+        for histogram in (now, before):
+            histogram.add(part, float(part.abs().max()))
+    greatest = float(x.abs().max()) * 1.5
+    assert now.limit / 2 <= greatest < now.limit
+    if greatest >= 2.0**-7:
+        assert now.limit == before.limit and (now.counts == before.counts).all()
+
+
 @pytest.mark.parametrize("arrange", [lambda x: x.to(memory_format=torch.channels_last), lambda x: x.flatten(2).transpose(1, 2)])
 def test_histogram_takes_any_memory_layout(arrange):
     x = torch.randn(2, 3, 4, 5)
@@ -109,6 +124,49 @@ def test_no_activation_is_kept(unet, scheduler):
     assert not any(ref() is not None for ref in seen)
 
 
+def test_parts_of_an_input_are_counted_apart(unet, scheduler, profile):
+    name = "up_blocks.0.resnets.0.conv1"
+    halves = {"below": slice(0, 16), "skip": slice(16, None)}
+    with recording(unet, {name}, {name: halves}) as cells:
+        sample(unet, scheduler, range(8), 4, progress=False, pad=False)
+    apart, row = as_profile(cells), profile.row(name)
+    assert apart.layers == ["below", "skip"]
+    np.testing.assert_array_equal(apart.least.min(0), profile.least[row])
+    np.testing.assert_array_equal(apart.greatest.max(0), profile.greatest[row])
+    assert (apart.counts.sum((0, 2)) == profile.counts[row].sum(-1)).all()
+
+
+def test_generators_have_no_layers_that_are_the_models(unet, scheduler, profile):
+    """Profiling a model that is quantized and not frozen sees its own layers, and says that it was quantized."""
+    quantize(unet, method="tdq")
+    calibrate(unet, scheduler, profile=profile, iterations=1, progress=False)
+    assert any(".mlp." in name for name in layers_of(unet))
+    seen = profile_activations(unet, scheduler, range(1), 2, progress=False)
+    assert set(seen.layers) == set(profile.layers) and seen.model == "quantized"
+
+
+def test_fractional_time_steps_keep_their_fraction(unet):
+    """And whole ones stay whole numbers, for tables and figures."""
+    with recording(unet, {"conv_in"}) as cells:
+        for t in (749.25, 3, torch.tensor(999.0)):
+            unet(torch.randn(1, 1, 8, 8), t)
+    assert as_profile(cells).t.tolist() == [999.0, 749.25, 3.0]
+    whole = as_profile({key: cell for key, cell in cells.items() if key[1] != 749.25}).t
+    assert whole.tolist() == [999, 3] and whole.dtype == np.int64
+
+
+def test_the_time_step_may_be_named(unet):
+    with recording(unet, {"conv_in"}) as cells:
+        unet(timestep=7, sample=torch.randn(1, 1, 8, 8))
+    assert list(cells) == [("conv_in", 7)]
+
+
+def test_a_model_in_training_mode_is_refused(unet, scheduler):
+    with pytest.raises(TDQError, match=r"Call model.eval\(\)"):
+        profile_activations(unet.train(), scheduler, range(2), 2, progress=False)
+    assert not hooks_of(unet)
+
+
 def test_hooks_are_gone_also_after_an_error(unet, scheduler):
     def fail(info):
         raise RuntimeError("stop here")
@@ -140,7 +198,7 @@ def test_no_seeds(unet, scheduler):
         profile_activations(unet, scheduler, range(0), 2)
 
 
-def test_save_and_load(profile, tmp_path):
+def test_save_and_load(unet, profile, tmp_path):
     profile.save(tmp_path / "profile.npz")
     loaded = Profile.load(tmp_path / "profile.npz")
     assert loaded.layers == profile.layers
@@ -148,6 +206,47 @@ def test_save_and_load(profile, tmp_path):
         np.testing.assert_array_equal(getattr(loaded, name), getattr(profile, name))
         assert getattr(loaded, name).dtype == getattr(profile, name).dtype
     assert loaded.drift().equals(profile.drift())
+    assert loaded.model == profile.model == fingerprint(unet)
+
+
+def test_saved_under_the_very_name_and_whole(profile, tmp_path, monkeypatch):
+    profile.save(tmp_path / "x")
+    assert Profile.load(tmp_path / "x").layers == profile.layers
+    before = (tmp_path / "x").read_bytes()
+
+    def fail(file, **arrays):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(np, "savez_compressed", fail)
+    with pytest.raises(OSError, match="disk full"):
+        profile.save(tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == before
+
+
+def test_profiles_from_before_they_knew_their_model(profile, tmp_path):
+    arrays = {name: getattr(profile, name) for name in FIELDS}
+    np.savez(tmp_path / "old.npz", layers=np.array(profile.layers), **arrays)
+    assert Profile.load(tmp_path / "old.npz").model == ""
+
+
+OTHERS = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-2000]),
+    "garbage": lambda path: path.write_bytes(b"garbage"),
+    "missing": lambda path: path.unlink(),
+    "other-arrays": lambda path: np.savez(path, layers=np.array(["a"]), x_t=np.zeros(3)),
+    "other-shape": lambda path: np.savez(path, layers=np.array(["a"]), **{name: np.zeros(3) for name in FIELDS}),
+    "one-array": lambda path: np.save(path.open("wb"), np.zeros(3)),
+}
+
+
+@pytest.mark.parametrize("damage", OTHERS.values(), ids=OTHERS)
+def test_what_is_no_profile_is_named(profile, tmp_path, damage):
+    path = tmp_path / "profile.npz"
+    profile.save(path)
+    damage(path)
+    with pytest.raises(DataError, match=rf"{path} must be a profile as Profile.save writes it; got .* Record it again"):
+        Profile.load(path)
 
 
 def test_frame_is_tidy(profile):
@@ -207,52 +306,20 @@ def test_best_steps_are_searched_once_for_each_layer_and_bits(drifting):
         assert afresh is not steps and all(torch.equal(a, b) for a, b in zip(afresh, steps, strict=True))
 
 
+@pytest.mark.parametrize("scale", [0, 1e-25, 1e-12])
+def test_a_layer_that_is_always_zero_has_nothing_to_gain(drifting, scale):
+    drift = drifting(silent=[scale, scale], layer=[1, 2]).drift().set_index("layer")
+    assert drift.gain_db["silent"] == pytest.approx(0, abs=1e-6) and drift.ratio["silent"] == pytest.approx(1)
+    assert np.isfinite(drift).all(axis=None)
+
+
+def test_small_layers_gain_as_much_as_large_ones(drifting):
+    """Their histograms were too coarse to tell."""
+    drift = drifting(large=[1, 2, 4], small=[1e-4, 2e-4, 4e-4]).drift(bits=8).set_index("layer")
+    assert drift.gain_db["small"] == pytest.approx(drift.gain_db["large"], rel=0.02)
+    assert drift.ratio["small"] == pytest.approx(4, rel=0.01)
+
+
 def test_drift_at_a_single_step(drifting):
     drift = drifting(layer=[1]).drift()
     assert (drift.ratio[0], drift.correlation[0]) == (1, 0) and drift.gain_db[0] == pytest.approx(0, abs=0.02)
-
-
-def test_the_generators_own_layers_are_not_the_models(calibrated, scheduler, profile):
-    model = calibrated("tdq")
-    own = profile_activations(model, scheduler, range(2), 4, progress=False)
-    assert own.layers == profile.layers
-
-
-def test_time_steps_between_whole_numbers_stay_what_they_are(unet, x):
-    with recording(unet) as cells:
-        for t in (999, 749.25, 0.5):
-            unet(x, torch.tensor([t]))
-    assert as_profile(cells).t.tolist() == [999, 749.25, 0.5]
-
-
-def test_a_layer_that_is_always_zero_gains_nothing(unet, scheduler):
-    unet.mid_block.resnets[0].conv2.register_forward_pre_hook(lambda module, args: (torch.zeros_like(args[0]),))
-    drift = profile_activations(unet, scheduler, range(2), 4, progress=False).drift().set_index("layer")
-    assert drift.gain_db["mid_block.resnets.0.conv2"] == 0 and np.isfinite(drift.to_numpy()).all()
-
-
-@pytest.mark.parametrize("scale", [1e-3, 1e-9, 1e3])
-def test_resolution_does_not_depend_on_the_scale(scale):
-    values, counts = torch.randn(10_000), []
-    for factor in (1.0, scale):
-        histogram = Histogram()
-        histogram.add(values * factor, float(values.abs().max()) * factor)
-        counts.append((histogram.counts > 0).sum())
-    assert 0.4 < counts[1] / counts[0] < 2.5
-
-
-def test_a_profile_knows_whose_it_is(unet, profile, tmp_path):
-    assert profile.model == fingerprint(unet)
-    profile.save(tmp_path / "a")
-    assert Profile.load(tmp_path / "a").model == profile.model
-    np.savez(tmp_path / "old.npz", **{k: v for k, v in np.load(tmp_path / "a").items() if k != "model"})
-    assert Profile.load(tmp_path / "old.npz").model == ""
-
-
-@pytest.mark.parametrize("content", [None, b"", b"no profile"])
-def test_a_damaged_profile_is_named(profile, tmp_path, content):
-    path = tmp_path / "p.npz"
-    profile.save(path)
-    path.write_bytes(path.read_bytes()[:-600] if content is None else content)
-    with pytest.raises(DataError, match=r"p.npz must be a profile as Profile.save writes it.*record it again"):
-        Profile.load(path)

@@ -2,9 +2,10 @@
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet2DConditionModel
+from diffusers import DDPMScheduler, DiTTransformer2DModel, EulerDiscreteScheduler, UNet2DConditionModel
 
 from tdq_utils import sample
 from tdq_utils.denoiser.sampling import checked_seeds, noise, timesteps
@@ -100,23 +101,54 @@ def test_other_schedulers_have_no_eta(unet):
     assert images.shape == (4, 1, 8, 8) and images.isfinite().all()
 
 
+def test_a_fractional_time_step_is_not_cut_off(unet):
+    euler = EulerDiscreteScheduler(timestep_spacing="linspace")
+    assert timesteps(euler, 4) == [999, 666, 333, 0]
+    expected, calls = [999, 749.25, 499.5, 249.75, 0], []
+    draw(unet, euler, [0], steps=5, callback=calls.append)
+    assert timesteps(euler, 5) == [call["t"] for call in calls] == expected
+
+
+@pytest.mark.parametrize("give", [lambda eps: (eps, None), lambda eps: eps], ids=["tuple", "tensor"])
+def test_a_model_may_return_a_tuple_or_a_tensor(unet, scheduler, monkeypatch, give):
+    expected, plain = draw(unet, scheduler), unet.forward
+    monkeypatch.setattr(unet, "forward", lambda sample, timestep: give(plain(sample, timestep).sample))
+    assert torch.equal(draw(unet, scheduler), expected)
+
+
+def test_a_model_in_training_mode_is_refused(unet, scheduler):
+    with pytest.raises(TDQError, match=r"in eval mode; this one is in training mode. Call model.eval\(\)"):
+        draw(unet.train(), scheduler)
+
+
 def test_time_steps_and_seeds(scheduler):
     assert timesteps(scheduler, 4) == [999, 749, 499, 249]
     assert timesteps(scheduler, 1000) == list(range(999, -1, -1))
-    assert checked_seeds(7) == [7] and checked_seeds(torch.arange(2)) == [0, 1]
+    assert timesteps(scheduler, np.int64(2)) == [999, 499]
+    assert checked_seeds(7) == checked_seeds(torch.tensor(7)) == checked_seeds(np.int64(7)) == [7]
+    assert checked_seeds(torch.arange(2)) == checked_seeds(np.arange(2)) == checked_seeds(iter([0, 1])) == [0, 1]
+    assert checked_seeds([np.int64(3), torch.tensor(4)]) == [3, 4]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seeds": range(0)}, r"at least one image, by numbers from 0; got an empty range. Pass for example range\(16\)"),
-        ({"seeds": [3, -1]}, "by numbers from 0; got -1"),
-        ({"seeds": "12"}, "seeds must be whole numbers, one an image; got '12'"),
-        ({"seeds": [0.9]}, r"seeds must be whole numbers, one an image; got \[0.9\]"),
+        ({"seeds": range(0)}, r"at least one image; got an empty range. Pass for example range\(16\)"),
+        ({"seeds": "12"}, "A seed must be a whole number from 0 up; got '1'"),
+        ({"seeds": [0.9]}, "A seed must be a whole number from 0 up; got 0.9"),
+        ({"seeds": torch.tensor([2.0])}, "A seed must be a whole number from 0 up; got 2.0"),
+        ({"seeds": 3.0}, "A seed must be a whole number from 0 up; got 3.0"),
+        ({"seeds": True}, "A seed must be a whole number from 0 up; got True"),
+        ({"seeds": [4, -1]}, "A seed must be a whole number from 0 up; got -1"),
+        ({"seeds": 2**63}, "A seed must be a whole number from 0 up; got 9223372036854775808"),
+        ({"seeds": None}, "A seed must be a whole number from 0 up; got None"),
         ({"steps": 0}, "steps must be a whole number from 1 to 1000; got 0"),
         ({"steps": 1001}, "steps must be a whole number from 1 to 1000; got 1001"),
         ({"steps": 2.0}, "steps must be a whole number from 1 to 1000; got 2.0"),
-        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"steps": True}, "steps must be a whole number from 1 to 1000; got True"),
+        ({"steps": "4"}, "steps must be a whole number from 1 to 1000; got '4'"),
+        ({"batch_size": 0}, "batch_size must be a whole number from 1 up; got 0"),
+        ({"batch_size": 2.5}, "batch_size must be a whole number from 1 up; got 2.5"),
         ({"condition": {"class_labels": torch.zeros(3)}}, "one row for each of the 4 seeds; got {'class_labels': 3}"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -124,20 +156,3 @@ def test_time_steps_and_seeds(scheduler):
 def test_bad_input(unet, scheduler, options, message):
     with pytest.raises(TDQError, match=message):
         draw(unet, scheduler, **options)
-
-
-def test_a_model_in_training_mode_is_refused(unet, scheduler):
-    with pytest.raises(TDQError, match=r"eval mode; this one is in training mode. Call model.eval\(\)"):
-        draw(unet.train(), scheduler)
-
-
-def test_models_that_return_tuples(unet, scheduler):
-    class Tuples(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net, self.config = unet, unet.config
-
-        def forward(self, sample, timestep):
-            return self.net(sample, timestep, return_dict=False)
-
-    assert torch.equal(draw(Tuples().eval(), scheduler), draw(unet, scheduler))

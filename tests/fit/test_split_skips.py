@@ -2,22 +2,21 @@
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
 
-from conftest import build
 from tdq_utils import calibrate, freeze, load_quantized, quantize, restore, save_quantized
 from tdq_utils.errors import TDQError
 from tdq_utils.fit.calibration_set import CalibrationSet
+from tdq_utils.fit.choice import skip_splits
 from tdq_utils.fit.layers import SplitQuantizer
-from tdq_utils.fit.quantize import activation_quantizers, quantized_layers, skip_splits
+from tdq_utils.fit.quantize import activation_quantizers, quantized_layers
 from tdq_utils.fit.reconstruction import adaround, refine
 from tdq_utils.method.grid import fake_quantize
 
 
-@pytest.mark.parametrize("kind", [UNet2DModel, UNet2DConditionModel])
-def test_splits_are_where_the_model_concatenates(kind, monkeypatch):
+@pytest.mark.parametrize("kind", ["unet", "text_unet"])
+def test_splits_are_where_the_model_concatenates(kind, monkeypatch, request):
     """The widths of what the model really joins, call by call, against what the structure says."""
-    model, joined, original = build(kind), [], torch.cat
+    model, joined, original = request.getfixturevalue(kind), [], torch.cat
 
     def cat(tensors, dim=0):
         if dim == 1 and tensors[0].dim() == 4:
@@ -26,7 +25,7 @@ def test_splits_are_where_the_model_concatenates(kind, monkeypatch):
 
     splits = skip_splits(model)
     monkeypatch.setattr(torch, "cat", cat)
-    condition = {"encoder_hidden_states": torch.zeros(1, 5, 12)} if kind is UNet2DConditionModel else {}
+    condition = {"encoder_hidden_states": torch.zeros(1, 5, 12)} if kind == "text_unet" else {}
     model(torch.zeros(1, model.config.in_channels, 8, 8), 5, **condition)
     assert joined == [width for name, width in splits.items() if name.endswith("conv1")]
 

@@ -12,7 +12,12 @@ from typing import Any
 
 import pandas as pd
 
+import tdq_utils as tdq
 from tdq_utils.errors import TDQError
+
+SHOWN = ("question", "variant", "steps", "method", "weights_method", "weights", "activations", "repeat", "iterations",
+         "step_rate", "generator_rate", "split_skips", "mse", "fcd", "fid", "kid", "seconds")  # fmt: skip
+BELONGS = {"quick": "ptq, qat", "steps": "quickstart, ptq, qat", "iterations": "qat, trials", "picture": "quickstart"}
 
 
 def demo(args: Namespace) -> None:
@@ -35,7 +40,7 @@ def demo(args: Namespace) -> None:
 def _as_text(output: dict[str, Any]) -> str:
     """What a cell has printed, or the table that it shows, in columns."""
     rows = output.get("data", {}).get("text/html", "").split("</tr>")
-    cells = [re.findall(r"<t[hd][^>]*>\s*(.*?)\s*</t[hd]>", unescape(row), re.DOTALL) for row in rows]
+    cells = [re.findall(r"<t[hd]\b[^>]*>\s*(.*?)\s*</t[hd]>", unescape(row), re.DOTALL) for row in rows]
     return output.get("text") or pd.DataFrame(filter(None, cells)).to_string(index=False, header=False)
 
 
@@ -63,8 +68,6 @@ def train_classifier(args: Namespace) -> None:
 
 def calibrate(args: Namespace) -> None:
     """Quantize a model, calibrate it on its own trajectory, and save it as a folder."""
-    import tdq_utils as tdq
-
     model, scheduler = tdq.load_model(args.model)
     tdq.quantize(model, args.weights, args.activations, args.method, split_skips=args.split_skips)
     tdq.calibrate(model, scheduler, range(args.first_seed, args.first_seed + args.images), args.steps,
@@ -73,50 +76,42 @@ def calibrate(args: Namespace) -> None:
     print(f"W{args.weights}A{args.activations}, {args.method}: {args.out}; read it with load_quantized({str(args.out)!r})")
 
 
-SHOWN = ("question", "variant", "steps", "method", "weights_method", "weights", "activations", "repeat", "iterations",
-         "step_rate", "generator_rate", "split_skips", "mse", "fcd", "fid", "kid", "seconds")  # fmt: skip
-BELONGS = {"quick": ["ptq", "qat"], "steps": ["quickstart", "ptq", "qat"], "iterations": ["qat", "trials"],
-           "picture": ["quickstart"]}  # fmt: skip
-
-
 def reproduce(args: Namespace) -> None:
     """Measure a table; a row that is there already is not measured again."""
-    from tdq_utils.denoiser.loading import load_model
-    from tdq_utils.lab.reproduce import default_cache, processes
-    from tdq_utils.lab.reproduce import reproduce as measure
+    from tdq_utils.lab import reproduce as engine
     from tdq_utils.lab.tables import ablations, ptq, qat, quickstart, trials
 
     for option, tables in BELONGS.items():
-        if getattr(args, option) not in (None, False) and args.table not in tables:
-            raise TDQError(f"--{option} belongs to {' and '.join(tables)}; got {args.table}, which fixes its own. Leave it out.")
+        if getattr(args, option) not in (None, False) and args.table not in tables.split(", "):
+            raise TDQError(f"--{option} belongs to {tables}; got {args.table}, which fixes its own. Leave it out.")
     if args.iterations is not None and args.iterations < 1:
         raise TDQError(f"--iterations must be 1 or more; got {args.iterations}.")
     steps, iterations = args.steps or (10 if args.quick else 20), args.iterations or (30 if args.quick else 600)
-    jobs = {
+    jobs_of: dict[str, Callable[[], Sequence[Any]]] = {
         "quickstart": partial(quickstart.quickstart_jobs, args.methods, args.weights, args.activations, steps),
         "ptq": partial(ptq.ptq_jobs, args.quick, steps),
         "qat": partial(qat.qat_jobs, args.quick, steps, iterations),
         "ablations": ablations.ablation_jobs,
         "trials": partial(trials.trial_jobs, args.iterations or 150),
-    }[args.table]()
-    state = processes()
-    model, scheduler = load_model(args.model, device=state.device if state.device.type == "cuda" else None)
+    }
+    jobs, state = jobs_of[args.table](), engine.processes()
+    model, scheduler = tdq.load_model(args.model, device=state.device if state.device.type == "cuda" else None)
     out = Path(str(args.out).replace("TABLE", args.table + "-quick" * args.quick))
     images = args.images or (128 if args.quick else 256 if args.table in ("quickstart", "trials") else 1000)
-    table = measure(jobs, model, scheduler, out, images, args.batch_size, args.features, args.cache, args.engine,
-                    args.mix_threads, progress=state.is_main_process)  # fmt: skip
+    cache = args.cache or out.parent / "cache"
+    table = engine.reproduce(jobs, model, scheduler, out, images, args.batch_size, args.features, cache, args.engine,
+                             args.mix_threads, progress=state.is_main_process)  # fmt: skip
     if state.is_main_process:
         shown = table[[name for name in SHOWN if name in table]].to_string(index=False, float_format="%.3g")
         print(f"{shown}\nWritten to {out}")
         if args.table == "qat":
-            qat.add_losses(out.with_name(f"{out.stem}_loss.csv"), jobs, default_cache(out, args.cache), model)
+            qat.add_losses(out.with_name(f"{out.stem}_loss.csv"), jobs, cache, model)
         if args.picture:
             _draw(args, model, scheduler, steps)
 
 
 def _draw(args: Namespace, model: Any, scheduler: Any, steps: int) -> None:
     """The README's picture: drift, and what intervals do to the same seeds."""
-    import tdq_utils as tdq
     from tdq_utils.lab.tables.quickstart import CALIBRATION_SEEDS
 
     profile, bits = tdq.profile_activations(model, scheduler, CALIBRATION_SEEDS, steps), min(args.activations)
@@ -130,17 +125,15 @@ def _draw(args: Namespace, model: Any, scheduler: Any, steps: int) -> None:
 
 def bench(args: Namespace) -> None:
     """Cost of profiling, of simulation and of integers, as ratios; time by kind of work; memory."""
-    from tdq_utils import load_model
     from tdq_utils.lab import bench
 
-    model, scheduler = load_model(args.model)
+    model, scheduler = tdq.load_model(args.model)
     print(bench.machine())
     variants = bench.integer_variants(model, scheduler, args.steps)
     how = dict(images=args.images, steps=args.steps)
     tables = {"bench.csv": bench.bench_integer(variants, scheduler, repeats=args.repeats, **how)}
     chosen = {label: variants[label] for label in ("fp32, eager", "fp32, compiled", "int8, TDQ table")}
-    medians = tables["bench.csv"].groupby("variant").seconds.first()
-    tables["bench_time.csv"] = bench.where_time_goes(chosen, medians, scheduler, **how)
+    tables["bench_time.csv"] = bench.where_time_goes(chosen, tables["bench.csv"], scheduler, **how)
     tables["bench_memory.csv"] = bench.memory(model, scheduler, variants["int8, static"], **how)
     tables["bench_eager.csv"] = bench.bench(model, scheduler, repeats=args.repeats, **how)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -209,7 +202,7 @@ def _reproduce_options(sub: ArgumentParser) -> None:
     sub.add_argument("--engine", default="eager", help="eager, compiled: simulation; integer: int8; the last two need g++")
     sub.add_argument("--mix-threads", action="store_true", help="add to rows of another number of threads")
     few = sub.add_argument_group("quickstart")
-    few.add_argument("--methods", nargs="*", default=["minmax", "mse", "learned", "table", "tdq"], help="how steps are chosen")
+    few.add_argument("--methods", nargs="*", help="how step sizes are chosen (default: minmax, mse, learned, table, tdq)")
     few.add_argument("--weights", type=int, default=8, help="bits")
     few.add_argument("--activations", type=int, nargs="+", default=[5, 6], help="bits")
     few.add_argument("--picture", type=Path, help="also draw drift and rescue, at the fewest bits")

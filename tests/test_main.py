@@ -3,14 +3,20 @@
 import inspect
 import runpy
 import sys
+from pathlib import Path
 
+import pandas as pd
 import pytest
+import torch
 
-from tdq_utils.__main__ import main, parser
+import tdq_utils as tdq
+from tdq_utils.__main__ import _as_text, main, parser
+from tdq_utils.lab import reproduce as engine
 from tdq_utils.lab import training
+from tdq_utils.lab.tables import qat, quickstart
 
 
-@pytest.mark.parametrize("command", ["demo", "train-unet", "train-classifier", "compare", "calibrate", "reproduce", "bench"])
+@pytest.mark.parametrize("command", ["demo", "train-unet", "train-classifier", "calibrate", "reproduce", "bench"])
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -19,7 +25,7 @@ def test_every_command_explains_itself(command, capsys):
 
 
 def test_bad_input_is_one_line_and_status_2(capsys):
-    assert main(["compare", "--model", "no such model"]) == 2
+    assert main(["reproduce", "quickstart", "--model", "no such model"]) == 2
     assert capsys.readouterr().err.startswith("error: load_model takes one of")
 
 
@@ -48,12 +54,67 @@ def test_training_commands_hand_their_options_on(command, monkeypatch, tmp_path,
     assert calls[0]["out"] == tmp_path and calls[0]["seed"] == 3
 
 
-@pytest.mark.parametrize(("table", "iterations"), [("ptq", 30), ("ablations", 30), ("qat", 0), ("qat", -1), ("trials", 0)])
-def test_iterations_are_those_of_training(table, iterations, capsys):
-    assert main(["reproduce", table, "--iterations", str(iterations)]) == 2
-    assert f"1 or more; got {iterations} for {table}" in capsys.readouterr().err
+@pytest.mark.parametrize("table", ["qat", "trials"])
+def test_iterations_are_one_or_more(table, capsys):
+    for iterations in ("0", "-1"):
+        assert main(["reproduce", table, "--iterations", iterations]) == 2
+        assert f"--iterations must be 1 or more; got {iterations}" in capsys.readouterr().err
 
 
-def test_the_ablations_fix_their_own_steps(capsys):
-    assert main(["reproduce", "ablations", "--quick"]) == 2
-    assert "--quick and --steps belong to ptq and qat" in capsys.readouterr().err
+@pytest.mark.parametrize(("table", "option", "belongs"), [
+    ("ablations", "--quick", "ptq, qat"), ("quickstart", "--quick", "ptq, qat"), ("trials", "--steps=5", "quickstart, ptq, qat"),
+    ("ptq", "--iterations=30", "qat, trials"), ("ptq", "--picture=x.png", "quickstart"),
+])  # fmt: skip
+def test_an_option_of_another_table_is_refused(table, option, belongs, capsys):
+    assert main(["reproduce", table, option]) == 2
+    assert f"{option.split('=')[0]} belongs to {belongs}; got {table}, which fixes its own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("table", "out", "images"), [
+    ("quickstart", "quickstart.csv", 256), ("ptq", "ptq.csv", 1000), ("qat", "qat.csv", 1000), ("trials", "trials.csv", 256),
+    ("ablations", "ablations.csv", 1000), ("ptq --quick", "ptq-quick.csv", 128),
+])  # fmt: skip
+def test_the_command_of_a_table_measures_its_jobs(table, out, images, monkeypatch, capsys):
+    """Bound to the real signature: what is measured, where it goes, and with how many images."""
+    signature, calls = inspect.signature(engine.reproduce), []
+
+    def measure(*args, **options):
+        calls.append(signature.bind(*args, **options).arguments)
+        return pd.DataFrame([dict(method="mse", fcd=1.0)])
+
+    monkeypatch.setattr(engine, "reproduce", measure)
+    monkeypatch.setattr(qat, "add_losses", lambda *args: None)
+    assert main(["reproduce", *table.split(), "--mix-threads"]) == 0
+    (call,) = calls
+    assert call["out"] == Path("runs") / out and call["cache"] == Path("runs/cache") and call["images"] == images
+    assert call["mix_threads"] and len(set(call["jobs"])) == len(call["jobs"]) >= 12
+    assert "mse    1\nWritten to" in capsys.readouterr().out
+
+
+def test_the_quickstart_takes_methods_and_bits(monkeypatch):
+    jobs = []
+    monkeypatch.setattr(engine, "reproduce", lambda given, *args, **options: jobs.extend(given) or pd.DataFrame())
+    main(["reproduce", "quickstart", "--methods", "mse", "tdq", "--weights", "4", "--activations", "8", "--steps", "10"])
+    assert [(job.method, job.weights, job.activations, job.steps) for job in jobs[1:-1]] == [("mse", 4, 8, 10), ("tdq", 4, 8, 10)]
+    jobs.clear()
+    main(["reproduce", "quickstart", "--methods", "--images", "5000"])
+    assert [job.method for job in jobs] == ["full precision", "real images"]
+
+
+def test_the_picture_shows_every_interval(unet, scheduler, monkeypatch, tmp_path):
+    monkeypatch.setattr(engine, "reproduce", lambda *args, **options: pd.DataFrame())
+    monkeypatch.setattr(tdq, "load_model", lambda *args, **options: (unet, scheduler))
+    pictures = {(method, None, None): torch.zeros(10, 1, 8, 8) for method in ("full precision", "minmax", "mse", "tdq")}
+    calls = []
+    monkeypatch.setattr(quickstart, "compare", lambda *args: calls.append(args) or (None, pictures))
+    picture = tmp_path / "drift.png"
+    assert main(["reproduce", "quickstart", "--steps", "2", "--picture", str(picture)]) == 0
+    assert picture.stat().st_size > 10_000
+    assert calls[0][2] == [("minmax", 8, 5), ("mse", 8, 5), ("tdq", 8, 5)]
+
+
+def test_a_table_of_a_notebook_is_printed_as_text():
+    page = pd.DataFrame(dict(bits=["W8A5", "W8A6 & so"], fcd=[1.5, 22.25])).style.format({"fcd": "{:.2f}"}).hide().to_html()
+    lines = _as_text(dict(output_type="display_data", data={"text/html": page, "text/plain": "<Styler>"})).splitlines()
+    assert [line.split() for line in lines] == [["bits", "fcd"], ["W8A5", "1.50"], ["W8A6", "&", "so", "22.25"]]
+    assert _as_text(dict(output_type="stream", text="a table\n")) == "a table\n"

@@ -6,6 +6,7 @@ import lzma
 import os
 import urllib.request
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,24 +31,20 @@ FASHION_MNIST = {
     "train": ("train", 60_000, "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
               "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"),
 }  # fmt: skip
-UNPACK = {".gz": gzip.decompress, ".xz": lzma.decompress, "": bytes}  # by what a file's name ends with
+# By what a file's name ends with.
+UNPACK: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.decompress, ".xz": lzma.decompress, "": bytes}
 
 
 def load_images(name: str = "fashion-mnist", split: str = "test", root: str | Path | None = None, download: bool = False,
                 labels: bool = False) -> Any:  # fmt: skip
-    """Load a data set as float32 images in [-1, 1].
+    """Load a data set: images ``"image 1 28 28"`` float32 in [-1, 1]; with ``labels``, also these, ``"image"`` int64.
 
     Args:
         name: ``"fashion-mnist"`` (Xiao et al. 2017, MIT licence), the one set that ships.
-        split: ``"test"`` (10,000, shipped), ``"train-10k"`` (the first 10,000 training images,
-            shipped) or ``"train"`` (all 60,000, looked for in ``root``, in Debian's package
-            ``dataset-fashion-mnist`` and in the download cache).
+        split: ``"test"`` (10,000, shipped), ``"train-10k"`` (the first 10,000 training images, shipped) or ``"train"``
+            (all 60,000, looked for in ``root``, or in Debian's package ``dataset-fashion-mnist`` and the download cache).
         root: folder that holds the official IDX files, plain, .gz or .xz; only it is searched.
         download: fetch a missing official file into the cache (``~/.cache/tdq_utils``).
-        labels: return ``(images, labels)`` instead of images alone.
-
-    Returns:
-        Tensor ``"image 1 28 28"`` float32; with ``labels`` also a tensor ``"image"`` int64.
 
     Raises:
         DataError: unknown name or split, file not found, or contents with a wrong checksum.
@@ -85,11 +82,8 @@ def _read(stem: str, root: str | Path | None, download: bool, sha256: str, offse
         raw = UNPACK[path.suffix](path.read_bytes())
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"{path} is corrupted ({error}); delete it and fetch it again.") from error
-    digest = hashlib.sha256(raw).hexdigest()
-    if digest != sha256:
-        raise DataError(
-            f"{path} is corrupted: sha256 of its contents must be {sha256}, got {digest}; delete it and fetch it again."
-        )
+    if (digest := hashlib.sha256(raw).hexdigest()) != sha256:
+        raise DataError(f"{path} is corrupted: sha256 of its contents must be {sha256}, got {digest}; delete it, fetch it again.")
     return np.frombuffer(raw, np.uint8, offset=offset).copy()
 
 

@@ -58,20 +58,17 @@ def _block(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
 
 def load_classifier(folder: str | Path = CLASSIFIER) -> FeatureClassifier:
     """The shipped :class:`FeatureClassifier`, in eval mode. DataError: its file is missing or damaged."""
-    path = Path(folder) / "model.safetensors"
-    classifier = FeatureClassifier()
+    path, classifier = Path(folder) / "model.safetensors", FeatureClassifier()
     try:
         classifier.load_state_dict(load_file(path))
     except Exception as error:
         raise DataError(f"{path} must hold the classifier; run python -m tdq_utils train-classifier. ({error})") from error
-    return classifier.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return classifier.eval().requires_grad_(False)
 
 
 class InceptionFeatures(nn.Module):
-    """Inception v3 as the FID is defined with: needs the package torch-fidelity and its weights (extra ``inception``).
-
-    The interface of :class:`FeatureClassifier`: ``forward`` takes images ``"image channel height width"`` in [-1, 1].
-    """
+    """Inception v3 as the FID is defined with, in the shape of :class:`FeatureClassifier`; needs the extra ``inception``."""
 
     num_features = 2048
 
@@ -80,10 +77,8 @@ class InceptionFeatures(nn.Module):
         try:
             self.net = NoTrainInceptionV3("inception-v3-compat", ["2048"])
         except (ModuleNotFoundError, OSError) as error:
-            raise TDQError(
-                f"features='inception' needs torch-fidelity and, once, the network for its weights ({error}); run "
-                "pip install 'tdq-utils[inception]', or use features='classifier'."
-            ) from error
+            way = "run pip install 'tdq-utils[inception]', or use features='classifier'"
+            raise TDQError(f"features='inception' needs torch-fidelity and, once, the network ({error}); {way}.") from error
 
     def forward(self, images: Tensor) -> Tensor:
         """Features ``"image 2048"``; one channel is shown as grey."""
@@ -94,11 +89,10 @@ class InceptionFeatures(nn.Module):
         return features @ self.net.fc.weight.T
 
 
-Extractor = FeatureClassifier | InceptionFeatures
-FEATURES: dict[str, Callable[[], Extractor]] = {"classifier": load_classifier, "inception": InceptionFeatures}
+FEATURES: dict[str, Callable[[], Any]] = {"classifier": load_classifier, "inception": InceptionFeatures}
 
 
-def feature_extractor(features: str = "classifier") -> Extractor:
+def feature_extractor(features: str = "classifier") -> FeatureClassifier | InceptionFeatures:
     """An extractor by name: ``"classifier"`` (ships; gives the FCD) or ``"inception"`` (gives the FID). TDQError: another."""
     if features not in FEATURES:
         raise TDQError(f"features must be one of {', '.join(FEATURES)}; got {features!r}.")
@@ -107,21 +101,14 @@ def feature_extractor(features: str = "classifier") -> Extractor:
 
 @torch.no_grad()
 def extract_features(images: Tensor, classifier: Callable[[Tensor], Tensor] | None = None, batch_size: int = 500) -> Tensor:
-    """Features ``"image feature"`` float64 of images in [-1, 1], rounded to 8 bits first, as a saved picture would be.
-
-    ``classifier``: what gives the features; default, the shipped one.
-    """
+    """Features ``"image feature"`` float64 (default: the shipped classifier's) of images in [-1, 1], rounded to 8 bits first."""
     classifier = classifier or load_classifier()
     images = to_uint8(images).float().div_(127.5).sub_(1)
     return torch.cat([classifier(part).double() for part in images.split(batch_size)])
 
 
 class Statistics:
-    """Mean, covariance and count of a set of features: all that the Frechet distance needs.
-
-    Attributes:
-        mu: ``"feature"`` float64. sigma: ``"feature feature"`` float64, unbiased. n: number of images.
-    """
+    """All that the Frechet distance needs: mean ``"feature"``, unbiased covariance ``"feature feature"`` (float64), and count."""
 
     def __init__(self, mu: ArrayLike, sigma: ArrayLike, n: int) -> None:
         self.mu, self.sigma, self.n = np.asarray(mu, np.float64), np.asarray(sigma, np.float64), int(n)
@@ -132,8 +119,8 @@ class Statistics:
         n, width = features.shape
         if n <= width:
             raise TDQError(f"A Frechet distance needs more images than its {width} features; got {n}. Sample more images.")
-        features = np.asarray(features, np.float64)
-        return cls(features.mean(0), np.cov(features, rowvar=False), n)
+        values = np.asarray(features, np.float64)
+        return cls(values.mean(0), np.cov(values, rowvar=False), n)
 
     def save(self, path: str | Path) -> None:
         """Write mu, sigma and n as npz (no pickles)."""
@@ -146,9 +133,7 @@ class Statistics:
             with np.load(path) as data:
                 return cls(data["mu"], data["sigma"], data["n"])
         except (OSError, EOFError, KeyError, ValueError, BadZipFile) as error:
-            raise DataError(
-                f"{path} must be an npz of mu, sigma and n; run python -m tdq_utils train-classifier. ({error})"
-            ) from error
+            raise DataError(f"{path} must be an npz of mu, sigma and n; run python -m tdq_utils train-classifier.") from error
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
@@ -165,10 +150,9 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
 
 def kernel_distance(features: Tensor, reference: Tensor, seed: int = 0) -> tuple[float, float]:
-    """Kernel distance (KID, Binkowski et al. 2018: unbiased in n) of two sets of features ``"image feature"``.
+    """``(kernel distance, standard error)`` of two sets of features ``"image feature"`` (KID, Binkowski et al. 2018: unbiased).
 
-    Cubic polynomial kernel; the mean over 100 subsets of a tenth of the smaller set, at most 1,000 images. Returns
-    ``(distance, standard error)``, the spread over subsets scaled to the whole set.
+    Cubic kernel; the mean over 100 subsets of a tenth of the smaller set, at most 1,000 images; its spread, scaled to the set.
     """
     size = max(2, min(1000, min(len(features), len(reference)) // 10))
     mean, spread = _measured(KernelInceptionDistance, [(reference, True), (features, False)], seed, subset_size=size)
@@ -207,16 +191,14 @@ class Distances:
     Images are not kept: 64 numbers an image are (2,048 with Inception's features).
 
     Args:
-        features: ``"classifier"`` or ``"inception"``, as for :func:`feature_extractor`.
-        clean: full-precision images of the same seeds, in the order of the stream, or none.
+        features: of :func:`feature_extractor`. clean: full-precision images of the same seeds, in the same order, or none.
         kernel: whether the kernel distance and the inception score are wanted beside the Frechet distance.
     """
 
     def __init__(self, features: str = "classifier", clean: Tensor | None = None, kernel: bool = True) -> None:
         self.name, self.clean, self.kernel, self.extractor = features, clean, kernel, feature_extractor(features)
         self.frechet = "fcd" if features == "classifier" else "fid"
-        self.features: list[Tensor] = []
-        self.errors: list[Tensor] = []
+        self.features, self.errors = list[Tensor](), list[Tensor]()
 
     def update(self, images: Tensor) -> None:
         """Take in a batch ``"image channel height width"`` in [-1, 1]."""
@@ -227,9 +209,8 @@ class Distances:
 
     @torch.no_grad()
     def compute(self) -> dict[str, float]:
-        """``fcd`` (or ``fid``); ``kid``, ``kid_se``, ``inception_score``; with pairs ``mse``, ``mse_se``, ``psnr`` (dB).
-
-        TDQError: not more images than features.
+        """By name: ``fcd`` (or ``fid``); ``kid``, ``kid_se`` (standard error) and ``inception_score``; and, with pairs, ``mse``,
+        ``mse_se`` and ``psnr`` (dB) of pixels. TDQError: not more images than features.
         """
         features = torch.cat(self.features)
         statistics = Statistics.load() if self.name == "classifier" else Statistics.of(reference_features(self.name))
@@ -239,9 +220,8 @@ class Distances:
             found["inception_score"], _ = inception_score(self.extractor.scores(features))
         if self.errors:
             error = torch.cat(self.errors)
-            mean = error.mean()
-            found |= dict(mse=mean.item(), mse_se=(error.std() / len(error) ** 0.5).item())
-            found["psnr"] = 10 * torch.log10(4 / mean.clamp_min(1e-12)).item()
+            found |= dict(mse=error.mean().item(), mse_se=(error.std() / len(error) ** 0.5).item())
+            found["psnr"] = 10 * torch.log10(4 / error.mean().clamp_min(1e-12)).item()
         return found
 
 

@@ -48,9 +48,8 @@ def reproduce(jobs: Sequence[Job], model: nn.Module, scheduler: SchedulerMixin, 
         images: a row; at equal seeds in all rows of a repeat. batch_size: as for ``sample``.
         features: ``"classifier"`` (FCD) or ``"inception"`` (FID), as for :class:`tdq_utils.lab.fid.Distances`.
         cache: folder for the full-precision images that rows are paired with, and for trainings; default: beside ``out``.
-        engine: what samples the quantized models: ``"eager"``, the simulation; ``"compiled"``, the same through
-            :class:`tdq_utils.run.runtime.Runner`; ``"integer"``, through :class:`tdq_utils.run.integer.IntegerRunner` (but
-            simulated where halves of inputs are quantized apart). The last two compile once for all rows.
+        engine: what samples the quantized models: ``"eager"``, the simulation; ``"compiled"``, the same; ``"integer"``, int8
+            kernels (but simulated where halves of inputs are quantized apart). The last two compile once for all rows.
         mix_threads: add to rows that were measured with another number of threads. progress: show bars.
 
     Raises:
@@ -58,18 +57,19 @@ def reproduce(jobs: Sequence[Job], model: nn.Module, scheduler: SchedulerMixin, 
             engine, seeds that are calibrated on and evaluated. DataError: a damaged ``out``, or a damaged row of it.
     """
     state = processes()
-    bench = Workbench(model, scheduler, range(images), default_cache(out, cache), batch_size, features, engine, progress)
+    where = Path(cache or Path(out).parent / "cache")
+    bench = Workbench(model, scheduler, range(images), where, batch_size, features, engine, progress)
     bench.check(jobs)
     table = Table(out, [asdict(job) for job in jobs])
     protocol = dict(images=images, sampler="DDIM", model=fingerprint(model), features=features)
-    # Dealt out before looking at what is done: processes that start seconds apart still agree.
-    mine = deal(jobs, state.process_index, state.num_processes)
+    mine = deal(jobs, state.process_index, state.num_processes)  # before looking at what is done: all agree, whoever starts late
 
     def left() -> list[Job]:
         rows = table.rows()
-        wanted = protocol if mix_threads else {**protocol, "threads": torch.get_num_threads()}
-        _check_rows(rows.values(), wanted, {job.steps for job in jobs}, out)
-        return [job for job in mine if tuple(asdict(job).values()) not in rows]
+        todo = [job for job in mine if tuple(asdict(job).values()) not in rows]
+        threads = dict(threads=torch.get_num_threads()) if todo and not mix_threads else {}
+        _check_rows(rows.values(), protocol | threads, {job.steps for job in jobs}, out)
+        return todo
 
     with tqdm(total=len(left()), desc=f"reproduce {Path(out).name}", disable=not progress) as bar:
         while todo := left():
@@ -90,11 +90,6 @@ def reproduce(jobs: Sequence[Job], model: nn.Module, scheduler: SchedulerMixin, 
     return pd.DataFrame(read_rows(out))
 
 
-def default_cache(out: str | Path, cache: str | Path | None = None) -> Path:
-    """The folder ``cache``, or the one of that name beside a table."""
-    return Path(out).parent / "cache" if cache is None else Path(cache)
-
-
 def deal(jobs: Sequence[Job], rank: int, world: int) -> list[Job]:
     """The jobs of one process of ``world``, in turn; those that share a folder go to the same."""
     turn = {name: i for i, name in enumerate(dict.fromkeys(job.name for job in jobs))}
@@ -102,8 +97,7 @@ def deal(jobs: Sequence[Job], rank: int, world: int) -> list[Job]:
 
 
 def processes() -> PartialState:
-    """How many processes share the work, and which is this one (accelerate's state)."""
-    # The first to finish waits for the last, however long that takes.
+    """How many processes share the work, and which is this one; the first to finish waits for the last, however long."""
     return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
 
 
@@ -135,8 +129,7 @@ class Workbench:
         self.model, self.scheduler, self.seeds, self.cache, self.batch_size = model, scheduler, seeds, cache, batch_size
         self.features, self.engine, self.progress, self.profile, self.keep = features, engine, progress, profile, keep
         self.images: dict[Job, Tensor] = {}
-        self.data: tuple[tuple, CalibrationSet] | None = None  # of the last repeat, after what tells it apart
-        self.profiles: dict[bool, Profile] = {}
+        self.calibrated: tuple[tuple, CalibrationSet, dict[bool, Profile]] | None = None  # of the last repeat
         self.runners: dict[tuple, Runner] = {}
 
     def check(self, jobs: Iterable[Job]) -> None:
@@ -145,12 +138,9 @@ class Workbench:
             raise TDQError(f"engine must be one of {', '.join(ENGINES)}; got {self.engine!r}.")
         if len(self.seeds) <= (width := feature_extractor(self.features).num_features):
             raise TDQError(f"images must exceed the {width} features of the {self.features}; got {len(self.seeds)}.")
-        noise = {seed for repeat in {job.repeat for job in jobs} for seed in self._noise(repeat)}
+        noise = {repeat * SEEDS + seed for repeat in {job.repeat for job in jobs} for seed in self.seeds}
         if both := noise & {seed for seeds, _ in {job.calibration for job in jobs} for seed in seeds}:
             raise TDQError(f"Calibration and evaluation must use different seeds; both hold {min(both)}. Take others, or fewer.")
-
-    def _noise(self, repeat: int) -> list[int]:
-        return [repeat * SEEDS + seed for seed in self.seeds]
 
     def measure(self, job: Job) -> Row:
         """The measured columns of a job's row."""
@@ -173,38 +163,28 @@ class Workbench:
         finally:
             if hasattr(self.model, "quantization"):
                 restore(self.model)
-        found = distances.compute()
         columns = (distances.frechet, "kid", "kid_se", "inception_score", "mse", "mse_se", "psnr")
-        return {
-            **{name: found.get(name, np.nan) for name in columns},
-            **further,
-            "calibration_seconds": round(calibration, 1),
-            "seconds": round(time.perf_counter() - start, 1),
-            "threads": torch.get_num_threads(),
-            "batch_size": self.batch_size,
-            "engine": self._engine(job),
-            "device": next(self.model.parameters()).device.type,
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-        }
+        found = dict.fromkeys(columns, np.nan) | distances.compute() | further
+        seconds = dict(calibration_seconds=round(calibration, 1), seconds=round(time.perf_counter() - start, 1))
+        how = dict(threads=torch.get_num_threads(), batch_size=self.batch_size, engine=self._engine(job),
+                   device=next(self.model.parameters()).device.type)  # fmt: skip
+        return found | seconds | how | dict(torch=torch.__version__, diffusers=diffusers.__version__)
 
     def _calibration(self, job: Job) -> tuple[CalibrationSet | None, Profile | None]:
         """``(data, profile)``: all methods of a repeat see the same; a profile is that of quantized layers."""
         if self.profile is not None:
             return None, self.profile
-        if self.data is None or self.data[0] != job.calibration:
+        if self.calibrated is None or self.calibrated[0] != job.calibration:
             how = dict(batch_size=self.batch_size, progress=False)
-            self.data = job.calibration, CalibrationSet.collect(self.model, self.scheduler, *job.calibration, **how)
-            self.profiles = {}
-        if job.split_inputs not in self.profiles and hasattr(self.model, "quantization"):
-            self.profiles[job.split_inputs] = profile_set(self.model, self.data[1], self.batch_size)
-        return self.data[1], self.profiles.get(job.split_inputs)
+            self.calibrated = job.calibration, CalibrationSet.collect(self.model, self.scheduler, *job.calibration, **how), {}
+        _, data, profiles = self.calibrated
+        if job.split_inputs not in profiles and hasattr(self.model, "quantization"):
+            profiles[job.split_inputs] = profile_set(self.model, data, self.batch_size)
+        return data, profiles.get(job.split_inputs)
 
     def _engine(self, job: Job) -> str:
         """What samples this job: as wished, but no kernel takes an input whose halves are quantized apart."""
-        if not job.weights:
-            return "eager"
-        return "compiled" if self.engine == "integer" and job.split_inputs else self.engine
+        return "eager" if not job.weights else "compiled" if self.engine == "integer" and job.split_inputs else self.engine
 
     def _runner(self, job: Job) -> nn.Module:
         """What samples the calibrated model: itself, or a compiled graph that all models of its structure share."""
@@ -222,11 +202,12 @@ class Workbench:
         return self.model if self.engine == "eager" else Compiled(copy.deepcopy(self.model))
 
     def _batches(self, job: Job, model: nn.Module) -> Iterable[Tensor]:
-        batches = sample_batches(model, self.scheduler, self._noise(job.repeat), job.steps, self.batch_size, progress=False)
-        if not self.keep:
-            return batches
-        self.images[job] = torch.cat(list(batches))
-        return [self.images[job]]
+        noise = [job.repeat * SEEDS + seed for seed in self.seeds]
+        batches = sample_batches(model, self.scheduler, noise, job.steps, self.batch_size, progress=False)
+        if self.keep:
+            batches = [torch.cat(list(batches))]
+            self.images[job] = batches[0]
+        return batches
 
     def _clean(self, job: Job) -> Tensor:
         """The full-precision images of a repeat, from the cache or made now; memory-mapped."""

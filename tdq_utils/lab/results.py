@@ -31,12 +31,10 @@ def beside(path: Path) -> Iterator[Path]:
 
 
 class Table:
-    """A CSV and, beside it, the folder ``name.rows`` with a file for each row that was added.
+    """A CSV and, beside it, the folder ``name.rows`` with a file for each row that was added; rows of the CSV alone stay.
 
-    Nothing is locked: rows are files of their own, and whoever gathers them gathers all. Rows that the CSV alone holds stay.
-
-    Args:
-        path: of the CSV. keys: the columns that tell rows apart, of every row that is wanted, in the order of the CSV.
+    Nothing is locked: whoever gathers the rows gathers all. ``keys``: the columns that tell rows apart, of every row that is
+    wanted, in the order of the CSV.
     """
 
     def __init__(self, path: str | Path, keys: Sequence[Row]) -> None:
@@ -46,7 +44,7 @@ class Table:
     def rows(self) -> dict[tuple, Row]:
         """All rows by key, as they are now, in order: those of the CSV, those of the files in their place. DataError: damage."""
         files = [self.path] if self.path.exists() else []
-        rows = [row for file in (*files, *self._files()) for row in read_rows(file, self.key)]
+        rows = [row for file in (*files, *sorted(self.folder.glob("*.csv"))) for row in read_rows(file, self.key)]
         found = {tuple(row[name] for name in self.key): row for row in rows}
         return dict(sorted(found.items(), key=lambda pair: self.order.get(pair[0], len(self.order))))
 
@@ -70,11 +68,8 @@ class Table:
     def gather(self) -> None:
         """Write the CSV from all rows; again if one came meanwhile, for whoever writes last may have read first."""
         files = None
-        while files != (files := self._files()):
+        while files != (files := sorted(self.folder.glob("*.csv"))):
             _write(self.path, [*self.rows().values()])
-
-    def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("*.csv"))
 
     def _file(self, key: Iterable, end: str) -> Path:
         """Its name holds what can be read of a key, and digits that tell apart what cannot."""
@@ -102,6 +97,4 @@ def read_rows(path: str | Path, key: Sequence[str] = ()) -> list[Row]:
             raise ValueError(f"columns {sorted(missing)} are missing")
         return frame.to_dict("records")
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path} must be a table as `reproduce` writes it: {error}; delete that line or file, and it is measured again"
-        ) from error
+        raise DataError(f"{path} must be a table of `reproduce`: {error}; delete that line or file, and resume.") from error

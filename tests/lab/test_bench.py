@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import pandas as pd
 import torch
 
 from tdq_utils import calibrate, quantize, quantized_layers, restore, sample
@@ -60,7 +61,7 @@ def test_integer_variants_are_compared_with_each_baseline(scheduler):
 
 
 def test_shares_of_time_add_up(unet, scheduler):
-    rows = where_time_goes({"eager": unet}, {"eager": 2.0}, scheduler, images=2, steps=2)
+    rows = where_time_goes({"eager": unet}, pd.DataFrame(dict(variant=["eager"], seconds=2.0)), scheduler, images=2, steps=2)
     assert abs(rows.share.sum() - 1) < 1e-9
     assert (rows.share >= 0).all()
     assert rows.seconds.tolist() == (2 * rows.share).tolist()

@@ -160,6 +160,7 @@ def test_rows_of_other_threads_are_refused_unless_asked_for(unet, scheduler, tmp
     out = tmp_path / "t.csv"
     measure(unet, scheduler, out, JOBS[:1])
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert len(measure(unet, scheduler, out, JOBS[:1])) == 1  # nothing is left to measure
     with pytest.raises(TDQError, match=r"holds threads = 1, this run has 7. Set OMP_NUM_THREADS=1, pass --mix-threads, or"):
         measure(unet, scheduler, out, JOBS[:3])
     table = measure(unet, scheduler, out, JOBS[:3], mix_threads=True)

@@ -117,7 +117,7 @@ def test_a_damaged_row_is_named(tmp_path, damage):
     table.add(row(KEYS[0]))
     (file,) = (tmp_path / "t.rows").iterdir()
     file.write_text(file.read_text()[:-3] if damage is None else damage)
-    with pytest.raises(DataError, match=f"{file.name} must be a table as `reproduce` writes it: .*; delete that line or file"):
+    with pytest.raises(DataError, match=f"{file.name} must be a table of `reproduce`: .*; delete that line or file"):
         table.rows()
     file.unlink()
     assert len(table.rows()) == 1  # it had been gathered
@@ -128,7 +128,7 @@ def test_a_cut_line_is_named_and_nothing_is_lost(tmp_path):
     for key in KEYS[:2]:
         table.add(row(key))
     table.path.write_text(cut := table.path.read_text()[:-20])
-    with pytest.raises(DataError, match="line 3 was cut: 'mse,1.*delete that line or file, and it is measured again"):
+    with pytest.raises(DataError, match="line 3 was cut: 'mse,1.*delete that line or file, and resume"):
         table.add(row(KEYS[2]))
     assert table.path.read_text() == cut
     table.path.write_text("method,fcd\nmse,1\n")

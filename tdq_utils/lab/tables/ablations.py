@@ -6,38 +6,25 @@ from typing import Any
 from tdq_utils.lab.tables.ptq import CALIBRATION, Job
 from tdq_utils.method.generator import RawTime
 
-CALIBRATED_STEPS = 50  # for the question of what happens at other numbers of steps
-SAMPLED_STEPS = (10, 20, 50, 100)
+CALIBRATED_STEPS, SAMPLED_STEPS = 50, (10, 20, 50, 100)  # for the question of what happens at other numbers of steps
 
 # question -> variant -> what is chosen otherwise. The published choice comes first.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "encoding of t": {"Fourier features": {}, "raw t": dict(features=RawTime())},
-    "initial step size": {
-        "the best of each step": {},
-        "best constant": dict(follow=0.0),
-        "mean + 3 std": dict(start="std", follow=0.0),
-        "LSQ: 2 mean / sqrt(q_max)": dict(start="lsq", follow=0.0),
-    },
+    "initial step size": {"the best of each step": {}, "best constant": dict(follow=0.0),
+                          "mean + 3 std": dict(start="std", follow=0.0),
+                          "LSQ: 2 mean / sqrt(q_max)": dict(start="lsq", follow=0.0)},
     "linear layers": {str(depth): dict(depth=depth) for depth in (4, 1, 2, 3, 5)},
-    "reconstruction of": {
-        "each layer's input": {},
-        "each block's output": dict(reconstruct="block"),
-        "the predicted noise": dict(reconstruct="noise"),
-    },
+    "reconstruction of": {"each layer's input": {}, "each block's output": dict(reconstruct="block"),
+                          "the predicted noise": dict(reconstruct="noise")},
     "skip inputs": {"one quantizer": {}, "one for each half": dict(split_skips=True)},
     "calibration images": {str(n): dict(trajectories=n) for n in (CALIBRATION, 2, 8, 128)},
-}
-TRANSFER = "sampling steps"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Ablation(Job):
-    """A row of the ablation table.
-
-    Attributes:
-        question: a key of ``VARIANTS``, or "sampling steps". variant: one of its variants; "-": none.
-        calibrated_steps: of the trajectories that calibration sees.
-    """
+    """A row of the ablation table: a variant (or "-") of a question of ``VARIANTS``; steps of the trajectories of calibration."""
 
     question: str = "-"
     variant: str = "-"
@@ -55,7 +42,7 @@ def ablation_jobs(repeats: int = 2, weights: int = 8, activations: int = 5) -> l
     for repeat in range(repeats):
         base = Ablation("tdq", weights, activations, repeat)
         for steps in SAMPLED_STEPS:
-            moved = replace(base, question=TRANSFER, calibrated_steps=CALIBRATED_STEPS, steps=steps)
+            moved = replace(base, question="sampling steps", calibrated_steps=CALIBRATED_STEPS, steps=steps)
             jobs.append(replace(moved, method="full precision", weights=0, activations=0))
             jobs += [replace(moved, method=method) for method in ("mse", "learned", "table", "tdq")]
         jobs += [replace(base, question=question, variant=name) for question, variants in VARIANTS.items() for name in variants]

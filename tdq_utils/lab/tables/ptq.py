@@ -88,11 +88,10 @@ class Job:
 
 
 def ptq_jobs(quick: bool = False, steps: int = 20, repeats: int = 2) -> list[Job]:
-    """The jobs of the table of post-training quantization, most wanted first.
+    """The jobs of the table of post-training quantization, most wanted first. ``quick``: one repeat of W8A5 and W4A5.
 
     Full precision and real images once a repeat; then every method at every pair of bits, ``repeats`` times and
     once more at the headline settings; the dynamic intervals, slowest to sample, at the end.
-    ``quick``: one repeat of W8A5 and W4A5.
     """
     bits, repeats = (QUICK_BITS, 1) if quick else (BITS, repeats)
     jobs = []

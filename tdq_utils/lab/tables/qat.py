@@ -36,10 +36,9 @@ class QatJob(Job):
 
     Attributes:
         iterations: of training; 0 for post-training quantization, where ``method`` is one of calibrate's; else it is one of
-            ``FINETUNED``, or "fine-tuned": the full-precision model, trained for as long. batch: images an iteration.
-        step_rate, generator_rate: as for :func:`tdq_utils.fit.finetuning.finetune`; 0 where there is nothing to learn.
+            ``FINETUNED``, or "fine-tuned": the full-precision model, trained for as long.
+        batch, step_rate, generator_rate, split_skips: as for :func:`tdq_utils.fit.finetuning.finetune`, or 0.
         calibrated_steps: of the trajectories that calibration, which training starts from, sees.
-        split_skips: quantize the halves of skip inputs apart.
     """
 
     iterations: int = 600
@@ -71,12 +70,10 @@ class QatJob(Job):
         if self.iterations == 0:
             return super().prepare(model, scheduler, calibration, folder, progress)
         method = "lsq" if self.method == "fine-tuned" else self.method
-        losses = finetune(
-            model, scheduler, load_images(split="train-10k"), method, weights=self.weights or None,
-            activations=self.activations or None, iterations=self.iterations, batch=self.batch, step_rate=self.step_rate,
-            generator_rate=self.generator_rate, seed=self.repeat, split_skips=self.split_inputs, out=folder, progress=progress,
-            data=calibration()[0], **self.options,
-        )  # fmt: skip
+        how = {name: getattr(self, name) for name in ("iterations", "batch", "step_rate", "generator_rate", "split_skips")}
+        losses = finetune(model, scheduler, load_images(split="train-10k"), method, weights=self.weights or None,
+                          activations=self.activations or None, seed=self.repeat, out=folder, progress=progress,
+                          data=calibration()[0], **how, **self.options)  # fmt: skip
         pd.DataFrame({"loss": losses}).to_csv(folder / "loss.csv", index_label="iteration", float_format="%.5g")
         frozen = copy.deepcopy(model)
         freeze(frozen, scheduler, max(SAMPLED_STEPS))  # whose time steps include those of all the others
@@ -85,11 +82,7 @@ class QatJob(Job):
 
 
 def qat_jobs(quick: bool = False, steps: int = 20, iterations: int = 600, batch: int = 64) -> list[QatJob]:
-    """The jobs of the table, most wanted first. ``quick``: W4A4 with LSQ and TDQ alone.
-
-    Raises:
-        TDQError: a number of steps whose time steps are not among those that the trained models are frozen for.
-    """
+    """The jobs of the table, most wanted first. ``quick``: W4A4 with LSQ and TDQ alone. TDQError: steps that are not frozen."""
     if max(SAMPLED_STEPS) % steps:
         raise TDQError(f"steps must divide {max(SAMPLED_STEPS)}, for which trained models are frozen; got {steps}.")
     untrained = QatJob("full precision", steps=steps, iterations=0, batch=0, step_rate=0.0, calibrated_steps=steps)
@@ -109,10 +102,9 @@ def qat_jobs(quick: bool = False, steps: int = 20, iterations: int = 600, batch:
     full = [job for job in jobs if job.method == "full precision"]
     jobs += [replace(job, steps=other) for other in SAMPLED_STEPS for job in (*full, *compared)]
     for w, a in BITS:
-        if (w, a) != HEADLINE:
-            start = replace(untrained, weights=w, activations=a)
-            jobs += [replace(start, method=name) for name in UNTRAINED] + [train(start, name) for name in METHODS]
-            jobs += [train(replace(start, repeat=1), name) for name in METHODS[:2] if (w, a) == FEWEST]
+        start = replace(untrained, weights=w, activations=a)
+        jobs += [replace(start, method=name) for name in UNTRAINED] + [train(start, name) for name in METHODS]
+        jobs += [train(replace(start, repeat=1), name) for name in METHODS[:2] if (w, a) == FEWEST]
     # Controls: generators without a factor, as published; constants that hardly move.
     jobs += [replace(job, step_rate=0.1 if job.method == "lsq" else 0.0) for job in compared]
     jobs += [replace(job, iterations=LONGER * iterations) for job in compared[:2]]
@@ -120,30 +112,21 @@ def qat_jobs(quick: bool = False, steps: int = 20, iterations: int = 600, batch:
 
 
 def default_trainings(table: pd.DataFrame) -> pd.Series:
-    """Which rows of the table, or of its loss curves, are trainings as :func:`tdq_utils.fit.finetuning.finetune` does by default.
-
-    The others are calibrations, and trainings with other rates, for longer, or with split skips.
-
-    Returns:
-        Series of bool, with the index of ``table``.
-    """
+    """Which rows, of the table or its losses, are trainings by the defaults of ``finetune``: no other rates, longer, or split."""
     shortest = table.iterations[table.iterations > 0].min()
-    default = (table.step_rate == STEP_RATE) | (table.method == "fine-tuned")
-    return (table.iterations == shortest) & ~table.split_skips & default
+    return (table.iterations == shortest) & ~table.split_skips & ((table.step_rate == STEP_RATE) | (table.method == "fine-tuned"))
 
 
 def add_losses(path: str | Path, jobs: Iterable[QatJob], cache: str | Path, model: nn.Module, every: int = 20) -> None:
     """Write the losses that the trainings of ``model`` among ``jobs`` left in ``cache`` into a CSV; others that it holds stay.
 
-    Its columns: ``TOLD_APART``, where ``iterations`` is that of the whole training; ``iteration``, the last of ``every``; and
-    ``loss``, the mean of these. No trainings, no file.
+    Columns: ``TOLD_APART``, ``iteration`` (the last of ``every``), ``loss`` (the mean of these). No trainings, no file.
     """
     known = [pd.read_csv(path)] if Path(path).exists() else []
     for folder, job in {job.folder(cache, model): job for job in jobs if job.iterations}.items():
         if (folder / "loss.csv").exists():
             loss = pd.read_csv(folder / "loss.csv").loss
-            means = loss.groupby(loss.index // every).mean()
-            who = {key: getattr(job, key) for key in TOLD_APART}
+            means, who = loss.groupby(loss.index // every).mean(), {key: getattr(job, key) for key in TOLD_APART}
             known.append(pd.DataFrame(dict(**who, iteration=np.minimum((means.index + 1) * every, len(loss)), loss=means)))
     if known:
         with beside(Path(path)) as part:

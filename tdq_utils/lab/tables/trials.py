@@ -17,34 +17,27 @@ VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "no dropout": (("tdq",), dict(dropout=0.0)),
     "from the best constant": (("tdq",), dict(follow=0.0)),
     "raw t": (("tdq",), dict(features=RawTime())),
-    "decay 1e-3": (("pact",), dict(decay=1e-3)),
-    "decay 1e-5": (("pact",), dict(decay=1e-5)),
-    "decay 1e-6": (("pact",), dict(decay=1e-6)),
+    **{f"decay {decay}": (("pact",), dict(decay=float(decay))) for decay in ("1e-3", "1e-5", "1e-6")},
 }
 
 
 @dataclass(frozen=True)
 class Trial(QatJob):
-    """A row of the table of trials.
-
-    Attributes:
-        variant: a key of ``VARIANTS``; "-": none.
-    """
+    """A row of the table of trials; ``variant``: a key of ``VARIANTS``, or "-"."""
 
     variant: str = "-"
 
     @property
     def choices(self) -> dict[str, Any]:
         """What is not as always: the variant."""
-        return {**super().choices, **(VARIANTS[self.variant][1] if self.variant in VARIANTS else {})}
+        return {**super().choices, **VARIANTS.get(self.variant, ((), {}))[1]}
 
 
 def trial_jobs(iterations: int = 150, batch: int = 64) -> list[Trial]:
     """The jobs of the table of trials, at W4A4 (``EIGHT_BITS``: W8A8): several rates, and variants of one thing at a time."""
     untrained = Trial("full precision", iterations=0, batch=0, step_rate=0.0)
     start = replace(untrained, weights=HEADLINE[0], activations=HEADLINE[1], iterations=iterations, batch=batch)
-    rates = [(method, rate, 0) for method, rates in CONSTANT_RATES.items() for rate in rates]
-    rates += [("tdq", *pair) for pair in TDQ_RATES]
+    rates = [(method, rate, 0) for method, rates in CONSTANT_RATES.items() for rate in rates] + [("tdq", *r) for r in TDQ_RATES]
     jobs = [replace(start, method=name, step_rate=float(a), generator_rate=float(b)) for name, a, b in rates]
     jobs += [start.trained(method, split_skips=True) for method in ("lsq", "tdq")]
     jobs += [start.trained(method, variant=name) for name, (methods, _) in VARIANTS.items() for method in methods]

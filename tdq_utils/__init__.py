@@ -30,9 +30,9 @@ from tdq_utils.run.storage import load_quantized, save_quantized
 
 # What needs torchmetrics, onnx, matplotlib or pandas is imported when it is first used.
 _HEAVY = {
-    "lab": ["bench", "fid", "load_images:datasets", "reproduce", "tables"],
+    "lab": ["bench", "compare:tables.quickstart", "fid", "load_images:datasets", "reproduce", "tables"],
     "run": ["onnx"],
-    "show": ["NAMES:names", "plots", "result_plots", "widgets"],
+    "show": ["NAMES:names", "headline:tables", "plots", "result_plots", "significant:tables", "styled:tables", "widgets"],
 }
 _HOMES = {name: (wing, *home) for wing, names in _HEAVY.items() for name, *home in (entry.split(":") for entry in names)}
 

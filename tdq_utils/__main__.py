@@ -12,7 +12,8 @@ def demo(args):
     """Execute the quickstart from scratch, print its table, write it as a page."""
     import nbformat
     from nbclient import NotebookClient
-    from nbconvert import HTMLExporter
+
+    from tdq_utils.show.site import write_page
 
     source = Path(__file__).resolve().parents[1] / "notebooks" / "00_quickstart.ipynb"
     notebook = nbformat.read(source, as_version=4)
@@ -20,11 +21,10 @@ def demo(args):
     NotebookClient(notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": source.parent}}).execute()
     for cell in notebook.cells:
         if "headline" in cell.metadata.get("tags", []):
-            print("".join(output.get("text", "") for output in cell.outputs))
-    args.out.mkdir(parents=True, exist_ok=True)
+            print("\n".join(output.get("text") or output.data["text/plain"] for output in cell.outputs))
     page = args.out / "quickstart.html"
-    page.write_text(HTMLExporter().from_notebook_node(notebook)[0])
-    print(f"The rendered notebook: {page.resolve()}")
+    write_page(notebook, page)
+    print(f"The rendered notebook, which opens without a network: {page.resolve()}")
 
 
 def train_unet(args):
@@ -47,9 +47,10 @@ def compare(args):
     from tdq_utils.denoiser.loading import load_model
     from tdq_utils.denoiser.recording import profile_activations
     from tdq_utils.fit.quantize import kept_layers
-    from tdq_utils.lab.tables.quickstart import CALIBRATION_SEEDS, compare, headline
+    from tdq_utils.lab.tables.quickstart import CALIBRATION_SEEDS, compare
     from tdq_utils.show import plots
     from tdq_utils.show.names import NAMES
+    from tdq_utils.show.tables import headline
 
     model, scheduler = load_model(args.model)
     settings = [(method, args.weights, bits) for bits in args.activations for method in args.methods]
@@ -57,7 +58,7 @@ def compare(args):
     table, images = compare(model, scheduler, settings, seeds=range(args.images), steps=args.steps, profile=profile)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(args.out, index=False, float_format="%.6g")
-    print(headline(table).to_string(index=False))
+    print(headline(table))
     print(f"Written to {args.out}")
     if args.picture:
         bits = min(args.activations)

@@ -48,7 +48,7 @@ def compare(args):
     from tdq_utils.denoiser.recording import profile_activations
     from tdq_utils.fit.quantize import kept_layers
     from tdq_utils.lab.tables.quickstart import CALIBRATION_SEEDS, compare
-    from tdq_utils.show import plots
+    from tdq_utils.show import plots, profile_plots
     from tdq_utils.show.names import NAMES
     from tdq_utils.show.tables import headline
 
@@ -66,7 +66,7 @@ def compare(args):
         rows = {NAMES[method]: images[method, *key] for method, key in keys.items()}
         plots.set_style()
         layer = profile.drift(bits).set_index("layer").ratio.drop(index=kept_layers(model)).idxmax()
-        plots.drift_and_rescue(profile, layer, rows, bits).savefig(args.picture)
+        profile_plots.drift_and_rescue(profile, layer, rows, bits).savefig(args.picture)
 
 
 def calibrate(args):

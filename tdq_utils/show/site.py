@@ -10,18 +10,16 @@ from nbformat import NotebookNode
 
 WIDGETS = Path(__file__).parent / "assets" / "embed.js"
 
-# nbconvert's page without what it loads: require.js, MathJax, Mermaid. The widgets' script looks for its own address, has none
-# inside of a page, and stops; any will do, for a script that runs already is not fetched again.
+# nbconvert's page without what it loads. The widgets' script looks for its own address, and stops where it has none, as inside
+# of a page; any will do: what runs already is not fetched.
 TEMPLATE = """
 {%- extends 'lab/index.html.j2' -%}
 {%- block html_head_js -%}{%- endblock -%}
 {%- block html_head_js_mathjax -%}<style>math { font-size: 1.2em } math[display=block] { margin: 0.6em 0 }</style>{%- endblock -%}
 {%- block html_head_js_mermaidjs -%}{%- endblock -%}
-{%- block jupyter_widgets -%}
-{%- if 'widgets' in nb.metadata -%}
+{%- block jupyter_widgets -%}{%- if 'widgets' in nb.metadata -%}
 <script>document.currentScript.src = "embed.js";{{ resources.widgets }}</script>
-{%- endif -%}
-{%- endblock -%}
+{%- endif -%}{%- endblock -%}
 """
 
 
@@ -42,11 +40,7 @@ class _Page(HTMLExporter):
 
 
 def write_page(notebook: NotebookNode, path: Path) -> None:
-    """An executed notebook -> one HTML file that needs no other file and no network.
-
-    Args:
-        notebook: with the state of its widgets, as nbclient leaves it. path: of the file; its folder is made.
-    """
+    """An executed notebook, with the state of its widgets -> one HTML file that needs no other and no network."""
     title = notebook.cells[0].source.splitlines()[0].lstrip("# ")
     resources = {"metadata": {"name": title}, "widgets": WIDGETS.read_text().rpartition("//# sourceMappingURL")[0]}
     page, _ = _Page(raw_template=TEMPLATE).from_notebook_node(notebook, resources)

@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import pandas as pd
 from pandas.io.formats.style import Styler
@@ -38,32 +39,24 @@ def significant(digits: int) -> Callable[[float], str]:
     return text
 
 
-def styled(
-    frame: pd.DataFrame,
-    caption: str,
-    formats: Mapping[str, str | Callable[..., str]] | None = None,
-    best: Mapping[str, str] | None = None,
-    groups: str | None = None,
-    references: Iterable[bool] | None = None,
-    index: bool = False,
-) -> Table:
-    """``frame`` for readers; put it on the last line of a cell.
+def styled(frame: pd.DataFrame, caption: str, formats: Mapping[str, Any] | None = None,
+           best: Mapping[str, str] | None = None, groups: str | None = None, references: Iterable[bool] | None = None,
+           index: bool = False) -> Table:  # fmt: skip
+    """``frame`` for readers, its columns' names as heads: last in a cell. Equal input gives equal HTML and text, to be compared.
 
     Args:
-        frame: its columns' names are the heads. A column ``method`` shows methods by their names.
         caption: what is seen, by which protocol (model, seeds, steps, images). It identifies the HTML: one caption, one table.
-        formats: ``{column: format or function}``; otherwise whole numbers are shown as they are, others to 3 significant digits.
+        formats: ``{column: format or function}``; otherwise whole numbers are shown as they are, others to 3 significant digits,
+            and a column ``method`` by the names of methods.
         best: ``{column: "min" or "max"}``: where the best value of each group is marked, and what reads the same.
         groups: column; neighbouring rows of one value are a group, with a line to the next.
         references: for each row, whether it is no contestant (full precision, real images): pale, and never the best.
         index: show the index, whose entries must differ; otherwise it is dropped.
-
-    Returns:
-        A pandas ``Styler``. Equal input gives equal HTML and text, so that a stored output can be compared.
     """
     frame = frame if index else frame.reset_index(drop=True)
-    shown = dict.fromkeys(frame.select_dtypes("float"), significant(3)) | {"method": lambda name: NAMES.get(name, name)}
-    shown = {name: form for name, form in {**shown, **(formats or {})}.items() if name in frame}
+    shown: dict[str, Any] = dict.fromkeys(frame.select_dtypes("float"), significant(3))
+    shown |= {"method": lambda name: NAMES.get(name, name)} if "method" in frame else {}
+    shown |= formats or {}
     table = Table(frame, uuid=f"{zlib.crc32(caption.encode()):08x}", cell_ids=False, caption=caption)
     texts = [f".col{i}" for i, kind in enumerate(frame.dtypes) if not pd.api.types.is_numeric_dtype(kind)]
     left = [{"selector": ", ".join(texts), "props": "text-align: left"}] if texts else []
@@ -90,18 +83,11 @@ def bits(table: pd.DataFrame) -> pd.Series:
 
 def headline(table: pd.DataFrame) -> Table:
     """Rows of :func:`tdq_utils.lab.tables.quickstart.compare`, by bits: distances to full precision and to real images."""
-    n, steps = table.images.iloc[0], table.steps.iloc[0]
-    frame = pd.DataFrame(
-        {
-            "bits": bits(table).fillna("–"),
-            "intervals": table.method.map(lambda method: NAMES.get(method, method)),
-            "distance to full precision": table.mse,
-            "FCD": table.fcd,
-        }
-    )
+    shown = {"bits": bits(table).fillna("–"), "method": table.method, "distance to full precision": table.mse, "FCD": table.fcd}
     caption = (
-        f"{n} images a row, {steps:.0f} sampling steps, the same seeds. Distance: mean squared pixel difference to the image of "
-        "the same seed in full precision. FCD: Frechet classifier distance to the 10,000 test images. Lower is better."
+        f"{table.images.iloc[0]} images a row, {table.steps.iloc[0]:.0f} sampling steps, the same seeds. Distance: mean squared "
+        "pixel difference to the image of the same seed in full precision. FCD: Frechet classifier distance to the 10,000 test "
+        "images. Lower is better."
     )
     low = dict.fromkeys(("distance to full precision", "FCD"), "min")
-    return styled(frame, caption, dict.fromkeys(low, significant(2)), low, groups="bits", references=table.weights.isna())
+    return styled(pd.DataFrame(shown), caption, dict.fromkeys(low, significant(2)), low, "bits", table.weights.isna())

@@ -43,10 +43,9 @@ def drift_heatmap(profile: Profile, layers: Iterable[str] | None = None) -> Figu
     return ax.figure
 
 
-def _thinned(t: np.ndarray, most: int = 10) -> list[str]:
-    """Labels for an axis over steps: every second one, or fewer, is left in."""
-    every = -(-len(t) // most)
-    return [str(value) if i % every == 0 else "" for i, value in enumerate(t)]
+def _thinned(t: np.ndarray) -> list[str]:
+    """Labels for an axis over steps: ten at most."""
+    return [str(value) if i % -(-len(t) // 10) == 0 else "" for i, value in enumerate(t)]
 
 
 def range_ribbon(profile: Profile, layer: str, static_bits: int | None = None, ax: Axes | None = None) -> FigureBase:

@@ -47,14 +47,15 @@ def _bars(ax: Axes, places: Sequence, found: pd.DataFrame, xlabel: str, **look: 
     ax.grid(axis="y", visible=False)
 
 
-def _panels(titles: Collection[str], width: float, height: float, **how: Any) -> tuple[FigureBase, Sequence[Axes]]:
+def _panels(names: Collection[str], width: float, height: float, title: str | None, **how: Any) -> Sequence[Axes]:
     """Panels of this size in inches, two a row, and room for a legend."""
-    columns, rows = min(2, len(titles)), (len(titles) + 1) // 2
+    columns, rows = min(2, len(names)), (len(names) + 1) // 2
     size = width * columns + 1.5, height * rows
     fig, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **how)
-    for ax, title in zip_longest(axes.flat, titles):
-        ax.set_title(title) if title else ax.remove()
-    return fig, axes.flat[: len(titles)]
+    heading(fig, title)
+    for ax, name in zip_longest(axes.flat, names):
+        ax.set_title(name) if name else ax.remove()
+    return axes.flat[: len(names)]
 
 
 def _legend_beside(axes: Sequence[Axes], place: Any = "center left", height: float = 0.5) -> FigureBase:
@@ -87,7 +88,7 @@ def quality_against_bits(table: pd.DataFrame, measure: str = "fcd", methods: Ite
         base = rows.join(rows[rows.method == relative_to].set_index(key)[measure].rename("base"), on=key).base
         rows = rows.assign(**{measure: rows[measure] / base})
     panels = {f"{width}-bit weights": rows[rows.weights == width] for width in sorted(rows.weights.unique(), reverse=True)}
-    fig, axes = _panels(panels, 5, 3.8, sharey=True)
+    axes = _panels(panels, 5, 3.8, title, sharey=True)
     for ax, panel in zip(axes, panels.values(), strict=True):
         _lines(ax, panel, rows.method if methods is None else methods, "activations", measure, apart=0.03)
         if _full(table, measure) > 0 and not relative_to:
@@ -97,7 +98,6 @@ def quality_against_bits(table: pd.DataFrame, measure: str = "fcd", methods: Ite
     if not relative_to:
         plain_log(axes[0].yaxis)
     axes[0].set_ylabel(f"{measure.upper()} / that of {NAMES[relative_to]}" if relative_to else LABELS[measure])
-    heading(fig, title)
     return _legend_beside(axes)
 
 
@@ -161,14 +161,13 @@ def training_bars(table: pd.DataFrame, measure: str = "fcd", title: str | None =
     """
     rows = table[table.weights > 0].assign(label=training_labels(table))
     panels = dict(list(rows.groupby(bits(rows), sort=False)))
-    fig, axes = _panels(panels, 5.2, 3.4)
+    axes = _panels(panels, 5.2, 3.4, title)
     for ax, group in zip(axes, panels.values(), strict=True):
         kinds = group.drop_duplicates("label").iloc[::-1]
         shades = [to_rgba(COLOURS[row.method], 1 if row.iterations else 0.4) for row in kinds.itertuples()]
         found = _means(group, "label", measure).loc[kinds.label]
         _bars(ax, kinds.label, found, LABELS[measure].replace(" (", "\n("), height=0.7, color=shades)
         ax.axvline(_full(table, measure), **FULL)
-    heading(fig, title)
     return _legend_beside(axes)
 
 
@@ -198,7 +197,7 @@ def loss_lines(curves: pd.DataFrame, above: str | None = None, title: str | None
         curves = curves[curves.method != above].join(floor, on=["repeat", "iteration"], how="inner")
         curves = curves.assign(loss=curves.loss - curves.floor)
     panels = dict(list(curves.groupby(bits(curves).fillna("no quantizer"), sort=False)))
-    fig, axes = _panels(panels, 5, 3)
+    axes = _panels(panels, 5, 3, title)
     for ax, group in zip(axes, panels.values(), strict=True):
         for method, lines in group.groupby("method", sort=False):
             mean = lines.groupby("iteration").loss.mean()
@@ -207,5 +206,4 @@ def loss_lines(curves: pd.DataFrame, above: str | None = None, title: str | None
         if above and ax.dataLim.ymin > 0:
             ax.set_yscale("log")
             plain_log(ax.yaxis)
-    heading(fig, title)
     return _legend_beside(axes)

@@ -14,9 +14,10 @@ WIDGETS = Path(__file__).parent / "assets" / "embed.js"
 # of a page; any will do: what runs already is not fetched.
 TEMPLATE = """
 {%- extends 'lab/index.html.j2' -%}
-{%- block html_head_js -%}{%- endblock -%}
-{%- block html_head_js_mathjax -%}<style>math { font-size: 1.2em } math[display=block] { margin: 0.6em 0 }</style>{%- endblock -%}
-{%- block html_head_js_mermaidjs -%}{%- endblock -%}
+{%- block html_head_js -%}{%- endblock -%}{%- block html_head_js_mermaidjs -%}{%- endblock -%}
+{%- block html_head_js_mathjax -%}<style>
+math { font-size: 1.2em } math[display=block] { margin: 0.6em 0 } .jp-CodeCell .highlight pre { white-space: pre-wrap }
+</style>{%- endblock -%}
 {%- block jupyter_widgets -%}{%- if 'widgets' in nb.metadata -%}
 <script>document.currentScript.src = "embed.js";{{ resources.widgets }}</script>
 {%- endif -%}{%- endblock -%}

@@ -13,7 +13,7 @@ BEST = {"background-color": "#cfe3f5", "color": "black", "font-weight": "bold"} 
 PALE = {"font-style": "italic", "opacity": "0.75"}
 RULE = {"border-top": "1px solid #888"}
 LOOK = [
-    {"selector": "caption", "props": "caption-side: top; text-align: left; padding: 0.3em 0; max-width: 60em"},
+    {"selector": "caption", "props": "caption-side: top; text-align: left; max-width: 48em; margin-right: -24em"},
     {"selector": "th", "props": "text-align: right; vertical-align: bottom; max-width: 9em; white-space: normal"},
     {"selector": "td", "props": "text-align: right"},
     {"selector": "th.row_heading", "props": "text-align: left; max-width: none"},
@@ -64,8 +64,7 @@ def styled(frame: pd.DataFrame, caption: str, formats: Mapping[str, Any] | None 
     rest = pd.Series(False if references is None else list(references), frame.index)
     table.set_properties(subset=(frame.index[rest], slice(None)), **PALE)
     key = frame[groups].fillna("") if groups else pd.Series("", frame.index)
-    new = key != key.shift()
-    new.iloc[:1] = False
+    new = key != key.shift().fillna(key)
     table.set_properties(subset=(frame.index[new], slice(None)), **RULE)
     for column, kind in (best or {}).items():
         form = shown.get(column, str)

@@ -25,8 +25,7 @@ def frames(draw: Callable[..., FigureBase], values: Iterable, label: str = "t") 
     if not values:
         raise TDQError("frames needs at least one value to draw; got none.")
     pictures = [w.Image(value=as_png(draw(value)), format="png") for value in values]
-    options = [(str(value), i) for i, value in enumerate(values)]
-    slider = w.SelectionSlider(options=options, description=label, layout=w.Layout(width="90%"))
+    slider = w.SelectionSlider(options=list(map(str, values)), description=label, layout=w.Layout(width="90%"))
     stack = w.Stack(pictures, selected_index=0)
     w.jslink((slider, "index"), (stack, "selected_index"))
     return w.VBox([slider, stack])
@@ -37,7 +36,7 @@ def live(draw: Callable[..., FigureBase], **controls: w.ValueWidget) -> w.VBox:
 
     Its attributes ``picture`` and ``controls`` are for tests.
     """
-    picture = w.Image(format="png")
+    picture = w.Image(format="png", layout=w.Layout(align_self="flex-start"))  # as large as it is
 
     def redraw(change: object = None) -> None:
         picture.value = as_png(draw(**{name: control.value for name, control in controls.items()}))

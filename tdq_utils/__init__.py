@@ -32,7 +32,16 @@ from tdq_utils.run.storage import load_quantized, save_quantized
 _HEAVY = {
     "lab": ["bench", "compare:tables.quickstart", "fid", "load_images:datasets", "reproduce", "tables"],
     "run": ["onnx"],
-    "show": ["NAMES:names", "plots", "result_plots", "widgets"],
+    "show": [
+        "NAMES:names",
+        "headline:tables",
+        "plots",
+        "profile_plots",
+        "result_plots",
+        "significant:tables",
+        "styled:tables",
+        "widgets",
+    ],
 }
 _HOMES = {name: (wing, *home) for wing, names in _HEAVY.items() for name, *home in (entry.split(":") for entry in names)}
 

@@ -1,16 +1,12 @@
 """The long jobs as commands: ``python -m tdq_utils --help``."""
 
-import re
 import sys
 from argparse import ArgumentDefaultsHelpFormatter as Defaults
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
-from html import unescape
 from pathlib import Path
 from typing import Any
-
-import pandas as pd
 
 import tdq_utils as tdq
 from tdq_utils.errors import TDQError
@@ -24,24 +20,17 @@ def demo(args: Namespace) -> None:
     """Execute the quickstart from scratch, print its table, write it as a page."""
     import nbformat
     from nbclient import NotebookClient
-    from nbconvert import HTMLExporter
+
+    from tdq_utils.show.site import write_page
 
     source = Path(__file__).resolve().parents[1] / "notebooks" / "00_quickstart.ipynb"
     notebook = nbformat.read(source, as_version=4)
     print(f"Executing {source} (one to two minutes on two CPU cores) ...", flush=True)
     NotebookClient(notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": source.parent}}).execute()
     shown = [output for cell in notebook.cells if "headline" in cell.metadata.get("tags", []) for output in cell.outputs]
-    print("\n".join(map(_as_text, shown)))
-    args.out.mkdir(parents=True, exist_ok=True)
-    (page := args.out / "quickstart.html").write_text(HTMLExporter().from_notebook_node(notebook)[0])
-    print(f"The rendered notebook: {page.resolve()}")
-
-
-def _as_text(output: dict[str, Any]) -> str:
-    """What a cell has printed, or the table that it shows, in columns."""
-    rows = output.get("data", {}).get("text/html", "").split("</tr>")
-    cells = [re.findall(r"<t[hd]\b[^>]*>\s*(.*?)\s*</t[hd]>", unescape(row), re.DOTALL) for row in rows]
-    return output.get("text") or pd.DataFrame(filter(None, cells)).to_string(index=False, header=False)
+    print("\n".join(output.get("text") or output.data["text/plain"] for output in shown))
+    write_page(notebook, page := args.out / "quickstart.html")
+    print(f"The rendered notebook, which opens without a network: {page.resolve()}")
 
 
 def train_unet(args: Namespace) -> None:
@@ -120,7 +109,7 @@ def _draw(args: Namespace, model: Any, scheduler: Any, steps: int) -> None:
     tdq.plots.set_style()
     layer = profile.drift(bits).set_index("layer").ratio.drop(index=tdq.kept_layers(model)).idxmax()
     named = {tdq.NAMES[method]: pictures for (method, *_), pictures in images.items()}
-    tdq.plots.drift_and_rescue(profile, layer, named, bits).savefig(args.picture)
+    tdq.profile_plots.drift_and_rescue(profile, layer, named, bits).savefig(args.picture)
 
 
 def bench(args: Namespace) -> None:

@@ -47,6 +47,25 @@ def test_opens_and_ends_as_every_lesson_does(path):
 
 
 @each_notebook
+def test_opens_with_few_imports_and_has_short_cells(path):
+    sources = [cell.source for cell in code_cells(read(path))]
+    imports = [line for line in sources[0].splitlines() if line.startswith(("import ", "from "))]
+    assert "import tdq_utils as tdq" in imports and len(imports) <= 6
+    assert not [source for source in sources if len(source.splitlines()) > 25]
+
+
+@each_notebook
+def test_every_table_is_a_styled_one_with_a_caption_of_its_own(path):
+    cells = code_cells(read(path))
+    assert not [cell.source for cell in cells if "to_string(" in cell.source]
+    shown = [output.data["text/html"] for cell in cells for output in cell.outputs if "text/html" in output.get("data", {})]
+    tables = [html for html in shown if "<table" in html]
+    assert all("<caption>" in html and 'class="dataframe"' not in html for html in tables)
+    names = [re.search(r'<table id="(T_[0-9a-f]{8})"', html)[1] for html in tables]
+    assert len(set(names)) == len(names)  # a style belongs to one table
+
+
+@each_notebook
 def test_local_links_lead_somewhere(path):
     text = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
     for target in re.findall(r"\]\(([^)#:]+)[^)]*\)", text):
@@ -76,9 +95,11 @@ def test_nbval_notices_any_changed_digit(path, request):
         stored = coalesce_streams(item.cell.outputs)
         assert item.compare_outputs(stored, stored)
         for i, output in enumerate(stored):
-            for digit in re.finditer(r"\d", output.get("text", "")):
+            holder, key = (output, "text") if "text" in output else (output.data, "text/html")
+            for digit in re.finditer(r"\d" if key == "text" else r"\d(?=[^<>]*</td>)", holder.get(key, "")):
                 changed, at = deepcopy(stored), digit.start()
-                changed[i].text = f"{output.text[:at]}{(int(digit[0]) + 1) % 10}{output.text[at + 1 :]}"
+                other = changed[i] if key == "text" else changed[i].data
+                other[key] = f"{holder[key][:at]}{(int(digit[0]) + 1) % 10}{holder[key][at + 1 :]}"
                 assert not item.compare_outputs(changed, stored)
                 changes += 1
     assert changes, "the notebook prints no number that is compared"

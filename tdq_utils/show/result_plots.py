@@ -1,205 +1,178 @@
-"""Figures of measured tables: which method keeps how much quality, at which bits, with its spread."""
+"""Figures of measured tables: means over repeats, whiskers from the least to the greatest. ``measure``: a key of ``LABELS``."""
 
-from itertools import cycle
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import cycle, zip_longest
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
+from matplotlib.figure import FigureBase
 
 from tdq_utils.fit.finetuning import STEP_RATE
-from tdq_utils.show import plots
 from tdq_utils.show.names import NAMES
+from tdq_utils.show.plots import COLOURS, MARKERS, PALETTE, axes_of, heading, plain_log
+from tdq_utils.show.tables import bits
 
-LABELS = {
-    "fcd": "FCD to the test set (lower is better)",
-    "mse": "squared pixel difference\nto full precision (lower is better)",
-    "kid": "KID (lower is better)",
-}
+LABELS = {"fcd": "FCD to the test set (lower is better)", "kid": "KID (lower is better)",
+          "mse": "squared pixel difference\nto full precision (lower is better)"}  # fmt: skip
+FULL: dict[str, Any] = dict(color="0.35", ls="--", label="full precision")
 
 
-def distance_bars(table, ax=None):
+def _full(table: pd.DataFrame, measure: str) -> float:
+    return table.loc[table.method == "full precision", measure].mean()
+
+
+def _means(rows: pd.DataFrame, by: str, measure: str) -> pd.DataFrame:
+    """Of the repeats at each value of a column: ``mean``, and how far the least and the greatest are from it."""
+    found = rows.groupby(by)[measure].agg(["mean", "min", "max"])
+    return found.assign(min=found["mean"] - found["min"], max=found["max"] - found["mean"])
+
+
+def _lines(ax: Axes, rows: pd.DataFrame, methods: Iterable[str], by: str, measure: str, apart: float = 0.0) -> None:
+    """A line a method, in the order of their colours; ``apart``, so that whiskers do not hide each other."""
+    wanted = set(methods)
+    for i, method in enumerate(method for method in COLOURS if method in wanted):
+        found = _means(rows[rows.method == method], by, measure)
+        style = dict(ls="--") if method == "full precision" else dict(marker=MARKERS[method], ms=5)
+        ax.errorbar(found.index + apart * (i - len(wanted) / 2), found["mean"], found[["min", "max"]].to_numpy().T, lw=1.4,
+                    color=COLOURS[method], label=NAMES[method], **style)  # fmt: skip
+
+
+def _bars(ax: Axes, places: Sequence, found: pd.DataFrame, xlabel: str, **look: Any) -> None:
+    ax.barh(places, found["mean"], xerr=found[["min", "max"]].to_numpy().T, **{"ecolor": "0.3", "capsize": 2, **look})
+    ax.set_xlabel(xlabel)
+    ax.grid(axis="y", visible=False)
+
+
+def _panels(names: Collection[str], width: float, height: float, title: str | None, **how: Any) -> Sequence[Axes]:
+    """Panels of this size in inches, two a row, and room for a legend."""
+    columns, rows = min(2, len(names)), (len(names) + 1) // 2
+    size = width * columns + 1.5, height * rows
+    fig, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **how)
+    heading(fig, title)
+    for ax, name in zip_longest(axes.flat, names):
+        ax.set_title(name) if name else ax.remove()
+    return axes.flat[: len(names)]
+
+
+def _legend_beside(axes: Sequence[Axes], place: Any = "center left", height: float = 0.5) -> FigureBase:
+    """One legend for all panels, right of the first row."""
+    lines = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    axes[:2][-1].legend(lines.values(), lines, fontsize=8, loc=place, bbox_to_anchor=(1, height))
+    return axes[0].figure
+
+
+def distance_bars(table: pd.DataFrame) -> FigureBase:
     """FCD of each setting, with full precision as a line: shorter is better."""
-    ax = plots.axes_of(ax, 6.5, 3)
-    rows = table[table.weights.notna()]
-    bits = [f"W{w:.0f}A{a:.0f}" for w, a in zip(rows.weights, rows.activations, strict=True)]
-    palette = {NAMES[method]: colour for method, colour in plots.COLOURS.items()}
-    sns.barplot(rows, x=bits, y="fcd", hue=rows.method.map(NAMES), palette=palette, ax=ax)
-    full = table.loc[table.method == "full precision", "fcd"].item()
-    ax.axhline(full, color=plots.COLOURS["full precision"], ls="--", label="full precision")
-    ax.set(xlabel="", ylabel="FCD to the test set (lower is better)")
+    ax, rows = axes_of(None, 6.5, 3), table[table.weights.notna()]
+    palette = {NAMES[method]: colour for method, colour in COLOURS.items()}
+    sns.barplot(rows, x=bits(rows), y="fcd", hue=rows.method.map(NAMES), palette=palette, ax=ax)
+    ax.axhline(_full(table, "fcd"), **FULL)
+    ax.set(xlabel="", ylabel=LABELS["fcd"])
     ax.legend(fontsize=8)
     return ax.figure
 
 
-def quality_against_bits(table, measure="fcd", methods=None, title=None, relative_to=None):
-    """Quality against bits of the activations, a line a method, a panel for each width of the weights.
+def quality_against_bits(table: pd.DataFrame, measure: str = "fcd", methods: Iterable[str] | None = None,
+                         title: str | None = None, relative_to: str | None = None) -> FigureBase:  # fmt: skip
+    """Rows of :func:`tdq_utils.lab.reproduce.reproduce`: a line a method, a panel for each width of the weights.
 
-    Points are means over repeats, bars reach from the least to the greatest; the dashed line is full precision, where the
-    measure has it.
-
-    Args:
-        table: rows of :func:`tdq_utils.lab.reproduce.reproduce`. measure: ``"fcd"``, ``"kid"`` or ``"mse"``.
-        methods: which lines; default: all. relative_to: a method by whose value, at the same bits and repeat, all are divided.
+    ``relative_to``: a method by whose value, at the same bits and repeat, all are divided; otherwise full precision is dashed.
     """
     rows = table[(table.weights > 0) & (table.weights_method == "nearest")]
     if relative_to:
-        rows = _relative(rows, measure, relative_to)
-    methods = [method for method in plots.COLOURS if method in set(rows.method if methods is None else methods)]
-    widths = sorted(rows.weights.unique(), reverse=True)
-    fig, axes = plt.subplots(
-        1, len(widths), figsize=(5 * len(widths) + 1.5, 3.8), layout="constrained", sharey=True, squeeze=False
-    )
-    for ax, width in zip(axes[0], widths, strict=True):
-        _panel(ax, rows[rows.weights == width], measure, methods)
-        level = table.loc[table.method == "full precision", measure].mean()
-        if level > 0 and not relative_to:
-            ax.axhline(level, color="0.35", ls="--", label="full precision")
-        ax.set(xlabel="bits of the activations", title=f"{width}-bit weights", yscale="linear" if relative_to else "log")
+        key = ["weights", "activations", "repeat"]
+        base = rows.join(rows[rows.method == relative_to].set_index(key)[measure].rename("base"), on=key).base
+        rows = rows.assign(**{measure: rows[measure] / base})
+    panels = {f"{width}-bit weights": rows[rows.weights == width] for width in sorted(rows.weights.unique(), reverse=True)}
+    axes = _panels(panels, 5, 3.8, title, sharey=True)
+    for ax, panel in zip(axes, panels.values(), strict=True):
+        _lines(ax, panel, rows.method if methods is None else methods, "activations", measure, apart=0.03)
+        if _full(table, measure) > 0 and not relative_to:
+            ax.axhline(_full(table, measure), **FULL)
+        ax.set_xticks(sorted(panel.activations.unique()))
+        ax.set(xlabel="bits of the activations", yscale="linear" if relative_to else "log")
     if not relative_to:
-        plots.plain_log(axes[0, 0].yaxis)
-    axes[0, 0].set_ylabel(f"{measure.upper()} / that of {NAMES[relative_to]}" if relative_to else LABELS[measure])
-    axes[0, -1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    if title:
-        fig.suptitle(title, x=0.01, ha="left", fontsize="medium")
-    return fig
+        plain_log(axes[0].yaxis)
+    axes[0].set_ylabel(f"{measure.upper()} / that of {NAMES[relative_to]}" if relative_to else LABELS[measure])
+    return _legend_beside(axes)
 
 
-def _relative(rows, measure, method):
-    key = ["weights", "activations", "repeat"]
-    base = rows[rows.method == method].set_index(key)[measure].rename("base")
-    joined = rows.join(base, on=key)
-    return joined.assign(**{measure: joined[measure] / joined.base})
+def quality_against_steps(table: pd.DataFrame, measure: str = "fcd", title: str | None = None) -> FigureBase:
+    """Quality against the number of sampling steps (column ``steps``), a line a method, full precision dashed."""
+    ax, steps = axes_of(None, 7, 3.6), sorted(table.steps.unique())
+    _lines(ax, table, table.method, "steps", measure)
+    ax.set(xscale="log", xlabel="sampling steps", ylabel=LABELS[measure], title=title or "")
+    ax.set_xticks(steps, [f"{step:.0f}" for step in steps])
+    ax.minorticks_off()
+    return _legend_beside([ax], "upper left", 1)
 
 
-def _panel(ax, rows, measure, methods):
-    for i, method in enumerate(methods):
-        by = rows[rows.method == method].groupby("activations")[measure].agg(["mean", "min", "max"])
-        if by.empty:
-            continue
-        shifted = by.index + 0.03 * (i - len(methods) / 2)  # so that bars do not hide each other
-        spread = [by["mean"] - by["min"], by["max"] - by["mean"]]
-        ax.errorbar(shifted, by["mean"], spread, color=plots.COLOURS[method], marker=plots.MARKERS[method], ms=5, lw=1.4,
-                    label=NAMES[method])  # fmt: skip
-    ax.set_xticks(sorted(rows.activations.unique()))
-
-
-def time_bars(table, title=None):
+def time_bars(table: pd.DataFrame, title: str | None = None) -> FigureBase:
     """Where the time goes: a stacked bar a variant, a colour a kind of work (:func:`tdq_utils.lab.bench.where_time_goes`)."""
     wide = table.pivot(index="variant", columns="kind", values="seconds").loc[table.variant.unique(), table.kind.unique()]
-    ax = plots.axes_of(None, 8, 0.5 * len(wide) + 1.2)
-    wide.iloc[::-1].plot.barh(stacked=True, ax=ax, color=[plots.PALETTE[i] for i in (0, 2, 1)], width=0.7)
+    ax = axes_of(None, 8, 0.5 * len(wide) + 1.2)
+    wide.iloc[::-1].plot.barh(stacked=True, ax=ax, color=[PALETTE[i] for i in (0, 2, 1)], width=0.7)
     ax.set(xlabel="seconds for the batch", ylabel="", title=title or "")
-    ax.legend(title="", fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return ax.figure
+    return _legend_beside([ax], "upper left", 1)
 
 
-def ratio_bars(table, baseline, title=None):
+def ratio_bars(table: pd.DataFrame, baseline: str, title: str | None = None) -> FigureBase:
     """Time of each variant over that of ``baseline`` in the same round; whiskers from the least to the greatest round."""
     rows = table[table.baseline == baseline].iloc[::-1]
-    ax = plots.axes_of(None, 7, 0.4 * len(rows) + 1)
-    spread = [rows.ratio - rows.ratio_min, rows.ratio_max - rows.ratio]
-    ax.barh(rows.variant, rows.ratio, xerr=spread, color=plots.PALETTE[0], ecolor="0.3", capsize=3, height=0.65)
+    ax = axes_of(None, 7, 0.4 * len(rows) + 1)
+    found = pd.DataFrame({"mean": rows.ratio, "min": rows.ratio - rows.ratio_min, "max": rows.ratio_max - rows.ratio})
+    _bars(ax, rows.variant, found, f"time / time of {baseline} (less is faster)", color=PALETTE[0], capsize=3, height=0.65)
     ax.axvline(1, color="0.35", ls="--", lw=1)
-    ax.set(xlabel=f"time / time of {baseline} (less is faster)", title=title or "")
-    ax.grid(axis="y", visible=False)
+    ax.set_title(title or "")
     return ax.figure
 
 
-def variant_bars(table, question, measure="fcd", title=None, references=None):
-    """One question of the ablation table: a bar a variant, a colour a method; whiskers from least to greatest repeat.
+def variant_bars(table: pd.DataFrame, question: str, measure: str = "fcd", title: str | None = None,
+                 references: Mapping[str, float] | None = None) -> FigureBase:  # fmt: skip
+    """One question of the ablations (:func:`tdq_utils.lab.tables.ablations.ablation_jobs`): a bar a variant, a colour a method.
 
-    Args:
-        table: rows of :func:`tdq_utils.lab.tables.ablations.ablation_jobs`. question: of ``VARIANTS``. measure: as above.
-        references: ``{label: value}``, drawn as dashed lines, for scale.
+    ``references``: ``{label: value}``, drawn as dashed lines, for scale.
     """
     rows = table[table.question == question]
     variants, methods = list(dict.fromkeys(rows.variant)), list(dict.fromkeys(rows.method))
     if all(variant.isdigit() for variant in variants):
         variants.sort(key=int)
-    ax, height = plots.axes_of(None, 7, 0.45 * len(variants) * len(methods) ** 0.6 + 1), 0.8 / len(methods)
+    ax, height = axes_of(None, 7, 0.45 * len(variants) * len(methods) ** 0.6 + 1), 0.8 / len(methods)
     for i, method in enumerate(methods):
-        by = rows[rows.method == method].groupby("variant")[measure].agg(["mean", "min", "max"]).reindex(variants)
+        found = _means(rows[rows.method == method], "variant", measure).reindex(variants)
         places = [row + height * (i - (len(methods) - 1) / 2) for row in range(len(variants))]
-        spread = [by["mean"] - by["min"], by["max"] - by["mean"]]
-        ax.barh(places, by["mean"], height * 0.9, xerr=spread, color=plots.COLOURS[method], ecolor="0.3", capsize=2,
-                label=NAMES[method])  # fmt: skip
+        _bars(ax, places, found, LABELS[measure], height=height * 0.9, color=COLOURS[method], label=NAMES[method])
     ax.set_yticks(range(len(variants)), variants)
     ax.invert_yaxis()
-    ax.set(xlabel=LABELS[measure], title=title or question)
-    ax.grid(axis="y", visible=False)
+    ax.set_title(title or question)
     for (label, value), style in zip((references or {}).items(), cycle(["--", ":"]), strict=False):
         ax.axvline(value, color="0.35", ls=style, label=label)
-    if len(methods) > 1 or references:
-        ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return ax.figure
+    return _legend_beside([ax], "upper left", 1) if len(methods) > 1 or references else ax.figure
 
 
-def quality_against_steps(table, measure="fcd", title=None):
-    """Quality against the number of sampling steps, a line a method, full precision dashed.
-
-    Args:
-        table: rows with columns ``method``, ``steps`` and the measure; means over repeats are drawn, bars from least to greatest.
-    """
-    ax = plots.axes_of(None, 7, 3.6)
-    for method in [method for method in plots.COLOURS if method in set(table.method)]:
-        by = table[table.method == method].groupby("steps")[measure].agg(["mean", "min", "max"])
-        spread = [by["mean"] - by["min"], by["max"] - by["mean"]]
-        style = dict(ls="--", marker=None) if method == "full precision" else dict(marker=plots.MARKERS[method], ms=5)
-        ax.errorbar(by.index, by["mean"], spread, color=plots.COLOURS[method], lw=1.4, label=NAMES[method], **style)
-    steps = sorted(table.steps.unique())
-    ax.set(xscale="log", xlabel="sampling steps", ylabel=LABELS[measure], title=title or "")
-    ax.set_xticks(steps, [f"{step:.0f}" for step in steps])
-    ax.minorticks_off()
-    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return ax.figure
-
-
-def training_bars(table, measure="fcd", title=None):
-    """Quantization-aware training: a panel a pair of bits, a bar a row's kind; whiskers from least to greatest repeat.
+def training_bars(table: pd.DataFrame, measure: str = "fcd", title: str | None = None) -> FigureBase:
+    """Rows of :func:`tdq_utils.lab.tables.qat.qat_jobs`, of one number of sampling steps: a panel a pair of bits, a bar a kind.
 
     Pale bars: calibrated only.
-
-    Args:
-        table: rows of :func:`tdq_utils.lab.tables.qat.qat_jobs`, of one number of sampling steps. measure: as above.
     """
-    rows = table[(table.weights > 0)].assign(label=training_labels(table))
-    pairs = list(rows[["weights", "activations"]].drop_duplicates().itertuples(index=False))
-    fig, axes = _panels(len(pairs), 5.2, 3.4)
-    for ax, (w, a) in zip(axes, pairs, strict=True):
-        group = rows[(rows.weights == w) & (rows.activations == a)]
-        kinds = {measure: ["mean", "min", "max"], "method": "first", "iterations": "first"}
-        by = group.groupby("label", sort=False).agg(kinds).iloc[::-1]
-        mean, least, most = (by[measure, part] for part in ("mean", "min", "max"))
-        shades = zip(by["method", "first"], by["iterations", "first"], strict=True)
-        ax.barh(by.index, mean, xerr=[mean - least, most - mean], ecolor="0.3", capsize=2, height=0.7,
-                color=[to_rgba(plots.COLOURS[method], 1 if trained else 0.4) for method, trained in shades])  # fmt: skip
-        ax.axvline(table.loc[table.method == "full precision", measure].mean(), color="0.35", ls="--", label="full precision")
-        ax.set(xlabel=LABELS[measure].replace(" (", "\n("), title=f"W{w}A{a}")
-        ax.grid(axis="y", visible=False)
-    _legend_beside(axes)
-    if title:
-        fig.suptitle(title, x=0.01, ha="left", fontsize="medium")
-    return fig
+    rows = table[table.weights > 0].assign(label=training_labels(table))
+    panels = dict(list(rows.groupby(bits(rows), sort=False)))
+    axes = _panels(panels, 5.2, 3.4, title)
+    for ax, group in zip(axes, panels.values(), strict=True):
+        kinds = group.drop_duplicates("label").iloc[::-1]
+        shades = [to_rgba(COLOURS[row.method], 1 if row.iterations else 0.4) for row in kinds.itertuples()]
+        found = _means(group, "label", measure).loc[kinds.label]
+        _bars(ax, kinds.label, found, LABELS[measure].replace(" (", "\n("), height=0.7, color=shades)
+        ax.axvline(_full(table, measure), **FULL)
+    return _legend_beside(axes)
 
 
-def _panels(number, width, height):
-    """``(figure, axes)``: panels of this size in inches, two a row, and room for a legend."""
-    rows, columns = (number + 1) // 2, min(2, number)
-    fig, axes = plt.subplots(rows, columns, figsize=(width * columns + 1.5, height * rows), layout="constrained", squeeze=False)
-    for ax in axes.flat[number:]:
-        ax.remove()
-    return fig, axes.flat[:number]
-
-
-def _legend_beside(axes):
-    """One legend for all panels, right of the first row."""
-    lines = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    axes[:2][-1].legend(lines.values(), lines, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-
-
-def training_labels(table):
-    """What a row of the training table is, for readers: ``Series`` with the index of ``table``."""
+def training_labels(table: pd.DataFrame) -> pd.Series:
+    """What a row of the training table is, for readers: with the index of ``table``."""
     shortest = table.iterations[table.iterations > 0].min()
 
     def label(row):
@@ -213,33 +186,24 @@ def training_labels(table):
     return pd.Series([label(row) for row in table.itertuples()], table.index)
 
 
-def loss_lines(curves, above=None, title=None):
-    """Training loss against iterations, a line a method, a panel a pair of bits; means over repeats.
+def loss_lines(curves: pd.DataFrame, above: str | None = None, title: str | None = None) -> FigureBase:
+    """Training loss (:func:`tdq_utils.lab.tables.qat.loss_curves`, of one length), a line a method, a panel a pair of bits.
 
-    Args:
-        curves: of :func:`tdq_utils.lab.tables.qat.loss_curves`, of trainings of one length.
-        above: a method without bits, such as "fine-tuned", whose loss on the same batches (the same repeat) is subtracted:
-            batches differ far more than methods do.
+    ``above``: a method without bits, such as "fine-tuned", whose loss on the same batches (the same repeat) is subtracted:
+    batches differ far more than methods do.
     """
     if above:
         floor = curves[curves.method == above].set_index(["repeat", "iteration"]).loss.rename("floor")
         curves = curves[curves.method != above].join(floor, on=["repeat", "iteration"], how="inner")
         curves = curves.assign(loss=curves.loss - curves.floor)
-    pairs = list(curves[["weights", "activations"]].drop_duplicates().itertuples(index=False))
-    fig, axes = _panels(len(pairs), 5, 3)
-    for ax, (w, a) in zip(axes, pairs, strict=True):
-        group = curves[(curves.weights == w) & (curves.activations == a)]
+    panels = dict(list(curves.groupby(bits(curves).fillna("no quantizer"), sort=False)))
+    axes = _panels(panels, 5, 3, title)
+    for ax, group in zip(axes, panels.values(), strict=True):
         for method, lines in group.groupby("method", sort=False):
             mean = lines.groupby("iteration").loss.mean()
-            ax.plot(
-                mean.index, mean, color=plots.COLOURS[method], marker=plots.MARKERS[method], ms=4, lw=1.2, label=NAMES[method]
-            )
-        logarithmic = above and ax.dataLim.ymin > 0
-        ax.set(xlabel="iteration", title=f"W{w}A{a}" if w else "no quantizer", yscale="log" if logarithmic else "linear")
-        if logarithmic:
-            plots.plain_log(ax.yaxis)
-        ax.set_ylabel("denoising loss (squared error)" + (f",\nabove {NAMES[above]}" if above else ""))
-    _legend_beside(axes)
-    if title:
-        fig.suptitle(title, x=0.01, ha="left", fontsize="medium")
-    return fig
+            ax.plot(mean, marker=MARKERS[method], ms=4, lw=1.2, color=COLOURS[method], label=NAMES[method])
+        ax.set(xlabel="iteration", ylabel="denoising loss (squared error)" + (f",\nabove {NAMES[above]}" if above else ""))
+        if above and ax.dataLim.ymin > 0:
+            ax.set_yscale("log")
+            plain_log(ax.yaxis)
+    return _legend_beside(axes)

@@ -1,56 +1,44 @@
-"""Every slider panel. Frames are drawn by ``plots``; each panel has a static twin beside it in the notebook."""
+"""Every slider panel: last in a cell tagged ``nbval-ignore-output``, with a static twin in the cell after it."""
 
 import io
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import ipywidgets as w
 import matplotlib.pyplot as plt
+from matplotlib.figure import FigureBase
 
 from tdq_utils.errors import TDQError
 
 
-def as_png(figure):
-    """A figure -> PNG bytes; the figure is closed."""
+def as_png(figure: Any) -> bytes:
+    """A figure -> PNG; the figure is closed."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     plt.close(figure)
     return buffer.getvalue()
 
 
-def frames(draw, values, label="t"):
-    """A slider over pre-drawn figures: moves without a kernel, too.
-
-    Args:
-        draw: function of one value that returns a figure. values: one frame for each.
-        label: name of the slider.
-
-    Returns:
-        A widget; put it last in a cell tagged ``nbval-ignore-output``.
-    """
+def frames(draw: Callable[..., FigureBase], values: Iterable, label: str = "t") -> w.VBox:
+    """A slider over pre-drawn figures, ``draw(value)`` for each value: moves without a kernel, too. TDQError: no values."""
     values = list(values)
     if not values:
         raise TDQError("frames needs at least one value to draw; got none.")
     pictures = [w.Image(value=as_png(draw(value)), format="png") for value in values]
-    slider = w.SelectionSlider(
-        options=[(str(v), i) for i, v in enumerate(values)], description=label, layout=w.Layout(width="90%")
-    )
+    slider = w.SelectionSlider(options=list(map(str, values)), description=label, layout=w.Layout(width="90%"))
     stack = w.Stack(pictures, selected_index=0)
     w.jslink((slider, "index"), (stack, "selected_index"))
     return w.VBox([slider, stack])
 
 
-def live(draw, **controls):
-    """A panel redrawn by the kernel whenever a control moves.
+def live(draw: Callable[..., FigureBase], **controls: w.ValueWidget) -> w.VBox:
+    """A panel redrawn by the kernel whenever a control moves; ``draw`` takes their values by name.
 
-    Args:
-        draw: function of the controls' values, by name, that returns a figure.
-        controls: ipywidgets with a ``value``.
-
-    Returns:
-        A widget; its ``picture`` attribute is the image, its ``controls`` the dict, for tests.
+    Its attributes ``picture`` and ``controls`` are for tests.
     """
-    picture = w.Image(format="png")
+    picture = w.Image(format="png", layout=w.Layout(align_self="flex-start"))  # as large as it is
 
-    def redraw(change=None):
+    def redraw(change: object = None) -> None:
         picture.value = as_png(draw(**{name: control.value for name, control in controls.items()}))
 
     for control in controls.values():

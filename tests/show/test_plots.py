@@ -9,7 +9,7 @@ import torch
 from tdq_utils import profile_activations
 from tdq_utils.denoiser.profile import bin_centres
 from tdq_utils.method.grid import squared_error
-from tdq_utils.show import plots
+from tdq_utils.show import plots, profile_plots
 
 matplotlib.use("Agg")
 
@@ -27,18 +27,15 @@ def style_and_close():
 
 
 FIGURES = {
-    "drift_heatmap": lambda p: plots.drift_heatmap(p, p.layers[:5]),
-    "range_ribbon": lambda p: plots.range_ribbon(p, p.layers[2], static_bits=5),
-    "range_boxes": lambda p: plots.range_boxes(p, p.layers[2]),
-    "drift_scatter": lambda p: plots.drift_scatter(p.drift()),
-    "histogram_with_grid": lambda p: plots.histogram_with_grid(p, p.layers[2], t=p.t[1], bits=4),
-    "histogram_panels": lambda p: plots.histogram_panels(p, p.layers[2], t=p.t[:2], bits=4, s=[0.1, 0.2]),
-    "error_over_t": lambda p: plots.error_over_t(p, p.layers[2], 0.1, p.grid(p.layers[2], 4)),
-    "error_over_s": lambda p: plots.error_over_s(p, p.layers[2], t=p.t[0], bits=4),
+    "drift_heatmap": lambda p: profile_plots.drift_heatmap(p, p.layers[:5]),
+    "range_ribbon": lambda p: profile_plots.range_ribbon(p, p.layers[2], static_bits=5),
+    "range_boxes": lambda p: profile_plots.range_boxes(p, p.layers[2]),
+    "drift_scatter": lambda p: profile_plots.drift_scatter(p.drift()),
+    "histogram_with_grid": lambda p: profile_plots.histogram_with_grid(p, p.layers[2], t=p.t[1], bits=4),
+    "histogram_panels": lambda p: profile_plots.histogram_panels(p, p.layers[2], t=p.t[:2], bits=4, s=[0.1, 0.2]),
+    "error_over_t": lambda p: profile_plots.error_over_t(p, p.layers[2], 0.1, p.grid(p.layers[2], 4)),
+    "error_over_s": lambda p: profile_plots.error_over_s(p, p.layers[2], t=p.t[0], bits=4),
     "lines_over_t": lambda p: plots.lines_over_t({"mse": ([3, 2], [1, 2]), "tdq": ([3, 2], [2, 3])}, "s", "title"),
-    "staircase": lambda p: plots.staircase({"s = 1": (torch.arange(3.0), torch.arange(3.0))}),
-    "learning_curve": lambda p: plots.learning_curve([3, 2, 1], 1.0, "s", "title"),
-    "feature_image": lambda p: plots.feature_image(torch.rand(20, 4)),
 }
 
 
@@ -60,7 +57,7 @@ def test_truncation_and_rounding_add_up_to_the_error(profile):
     layer = profile.layers[2]
     grid, (values, counts) = profile.grid(layer, 4), profile.values(layer)
     s = profile.best_steps(layer, 4)[0].expand(len(values)) * 0.4
-    truncation, rounding = plots.split_error(values, counts, s, grid)
+    truncation, rounding = profile_plots.split_error(values, counts, s, grid)
     assert truncation[0] > 0
     np.testing.assert_allclose(truncation + rounding, squared_error(values, counts, s, grid) / counts.sum(1), rtol=1e-5)
 
@@ -70,9 +67,9 @@ def test_histograms_of_all_t_have_bars_of_one_width_and_exact_shares(profile):
     i, s, widths = profile.row(drifting), profile.best_steps(drifting, 4)[0], set()
     assert len(set(profile.limit[i])) > 1  # so that their bins differ
     for step, t in enumerate(profile.t):
-        ax = plots.histogram_with_grid(profile, drifting, t, bits=4, s=s).axes[0]
+        ax = profile_plots.histogram_with_grid(profile, drifting, t, bits=4, s=s).axes[0]
         widths |= {round(width, 9) for patch in ax.patches for width in np.diff(patch.get_data().edges)}
-        levels = plots._levels(s, profile.grid(drifting, 4))
+        levels = profile_plots.levels(s, profile.grid(drifting, 4))
         centres = bin_centres(profile.limit[i, step])
         outside = (centres < levels[0] - s.item() / 2) | (centres > levels[-1] + s.item() / 2)
         share = profile.counts[i, step][outside].sum() / profile.counts[i, step].sum()

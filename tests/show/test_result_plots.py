@@ -75,6 +75,9 @@ def test_ratios_to_the_chosen_baseline():
     ]
     ax = result_plots.ratio_bars(pd.DataFrame(rows), "floats").axes[0]
     assert [patch.get_width() for patch in ax.patches] == [0.4, 1.0]
+    (whiskers,) = (line for line in ax.collections if len(line.get_segments()) == 2)
+    ends = [segment[:, 0].tolist() for segment in whiskers.get_segments()]
+    assert ends == [pytest.approx([0.2, 0.8]), pytest.approx([0.5, 2.0])]
     assert "floats" in ax.get_xlabel()
 
 

@@ -16,7 +16,7 @@ def draw(value=1):
 def test_frames_hold_one_picture_a_value_and_follow_the_slider():
     panel = widgets.frames(draw, [1, 5, 9])
     slider, stack = panel.children
-    assert [label for label, _ in slider.options] == ["1", "5", "9"]
+    assert list(slider.options) == ["1", "5", "9"]
     assert len({bytes(picture.value) for picture in stack.children}) == 3
     assert all(bytes(picture.value).startswith(b"\x89PNG") for picture in stack.children)
     assert not plt.get_fignums()  # nothing left open

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
+from matplotlib.figure import FigureBase
 from torch import nn
 
 from tdq_utils.fit.quantize import quantized_layers
@@ -106,7 +106,7 @@ def recorded(model: nn.Module) -> Iterator[dict[str, tuple[torch.Tensor, torch.T
             handle.remove()
 
 
-def real_against_real(sizes: np.ndarray, distances: Sequence[float], c: float, reference: int = 10_000) -> Figure:
+def real_against_real(sizes: np.ndarray, distances: Sequence[float], c: float, reference: int = 10_000) -> FigureBase:
     """FCD of real images against their number, and the law ``c (1 / n + 1 / reference)``."""
     ax = plots.axes_of(None, 6, 3)
     ax.loglog(sizes, distances, "o", label="measured")

@@ -9,9 +9,10 @@ READY := .venv/.installed
 demo: $(READY)  ## execute the quickstart, print its table, name its page
 	$(BIN)/python -m tdq_utils demo
 
-test: $(READY)  ## lint, unit tests, and every notebook against its stored outputs
+test: $(READY)  ## lint, types, unit tests, and every notebook against its stored outputs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/pytest -n 2
 	$(BIN)/pytest -n 2 --dist loadfile --nbval --nbval-current-env notebooks
 

@@ -3,11 +3,12 @@
 import hashlib
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tdq_utils.errors import DataError, TDQError
@@ -18,6 +19,7 @@ from tdq_utils.method.step_sizes import DynamicStep, LearnedStep, StaticStep, Ta
 
 FORMAT = 1
 KINDS = {kind.__name__: kind for kind in (StaticStep, LearnedStep, DynamicStep, TableStep, StepGenerator)}
+HOW = ("weights", "activations", "method", "weights_per", "split_skips")  # quantize takes them
 
 
 def save_quantized(model: Any, folder: str | Path, packed: bool = False) -> None:
@@ -26,85 +28,78 @@ def save_quantized(model: Any, folder: str | Path, packed: bool = False) -> None
     A model that the folder holds already stays whole until the new one is: the JSON names its tensors and is replaced last.
 
     Args:
-        model: quantized in place by :func:`tdq_utils.fit.quantize.quantize`.
-        folder: gets ``quantization.json`` and ``model-....safetensors``.
+        model: quantized. folder: gets ``quantization.json`` and ``model-....safetensors``.
         packed: keep of the quantized weights only their levels: one byte each, or two in a byte from 4 bits down. The model
-            that comes back gives the same outputs; the weights before rounding are gone.
-
-    Raises:
-        TDQError: ``packed`` without quantized weights.
+            that comes back gives the same outputs; the weights before rounding are gone. TDQError: weights are not quantized.
     """
     state = checked_state(model)
     if packed and state.weights is None:
         raise TDQError("packed needs weights on a grid; this model's are in full precision. Quantize them, or pass packed=False.")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    settings: dict[str, Any] = dict(
+    settings: dict[str, Any] = {name: getattr(state, name) for name in (*HOW, "frozen", "visited")} | dict(
         format=FORMAT,
         model=type(model).__name__,
         config={k: v for k, v in model.config.items() if not k.startswith("_")},
-        weights=state.weights,
-        activations=state.activations,
-        method=state.method,
-        weights_per=state.weights_per,
         keep=state.kept,
-        visited=state.visited,
-        frozen=state.frozen,
-        # Convolutions in another memory format sum in another order.
-        channels_last=any(p.dim() == 4 and not p.is_contiguous() for p in model.parameters()),
-        split_skips=state.split_skips,
+        channels_last=any(p.dim() == 4 and not p.is_contiguous() for p in model.parameters()),  # decides in which order sums go
         packed=packed,
         layers={name: _describe(quantizer) for name, quantizer in activation_quantizers(model).items()},
     )
-    # Rounded weights of a frozen model follow from the weights and their steps: not stored twice. Tied ones are stored twice.
-    tensors = {k: v.detach().clone().contiguous() for k, v in model.state_dict().items() if not k.endswith(".rounded")}
+    tensors, seen = {}, set()
+    for name, tensor in model.state_dict().items():
+        if not name.endswith(".rounded"):  # they follow from the weights and their steps
+            place = tensor.untyped_storage().data_ptr()
+            tensors[name] = tensor.detach().clone() if place in seen else tensor.detach().contiguous()  # tied ones are copied
+            seen.add(place)
     if packed:
         for name, layer in quantized_layers(model).items():
             del tensors[f"{name}.weight"]
             tensors.pop(f"{name}.levels", None)
-            tensors[f"{name}.packed"] = pack(layer.weight_levels(), state.weights or 8)
-    data = save(tensors)
-    settings["sha256"] = hashlib.sha256(data).hexdigest()
-    settings["tensors"] = f"model-{settings['sha256'][:12]}.safetensors"
-    for name, content in ((settings["tensors"], data), ("quantization.json", json.dumps(settings, indent=1).encode() + b"\n")):
-        (folder / f"{name}.part").write_bytes(content)
-        (folder / f"{name}.part").replace(folder / name)
-    for other in folder.glob("model*.safetensors"):
-        if other.name != settings["tensors"]:
-            other.unlink()
+            tensors[f"{name}.packed"] = pack(layer.weight_levels(), settings["weights"])
+    _write(Path(folder), tensors, settings)
+
+
+def _write(folder, tensors, settings):
+    """Both files are written beside their places; the name of one is that of its content, the other is moved last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".part-", dir=folder) as beside:
+        written, described, old = Path(beside) / "tensors", Path(beside) / "json", _named(folder)
+        save_file(tensors, written)
+        settings["sha256"] = _sha256(written)
+        settings["tensors"] = f"model-{settings['sha256'][:12]}.safetensors"
+        described.write_text(json.dumps(settings, indent=1) + "\n")
+        written.replace(folder / settings["tensors"])
+        described.replace(folder / "quantization.json")
+    for path in {folder / old, *folder.glob(f"model-{'[0-9a-f]' * 12}.safetensors")} - {folder, folder / settings["tensors"]}:
+        path.unlink(missing_ok=True)
+
+
+def _named(folder):
+    """The file of tensors that the folder's JSON names; before it had a name of its own, it was model.safetensors."""
+    try:
+        settings = json.loads((folder / "quantization.json").read_text())
+        return Path(settings.get("tensors", "model.safetensors")).name if "sha256" in settings else ""
+    except (OSError, ValueError, AttributeError, TypeError):
+        return ""
 
 
 def load_quantized(folder: str | Path) -> nn.Module:
-    """Read a model that :func:`save_quantized` wrote; on the CPU, in eval mode.
-
-    Raises:
-        DataError: a missing or damaged file, a newer format, or weights that are not those the settings were saved with.
-    """
+    """Read a model that :func:`save_quantized` wrote; on the CPU, in eval mode. DataError: missing, damaged, newer or mixed."""
     folder = Path(folder)
     try:
         settings = json.loads((folder / "quantization.json").read_text())
         if settings["format"] != FORMAT:
             raise ValueError(f"format must be {FORMAT}, got {settings['format']}; save it with this version")
-        name = settings.get("tensors", "model.safetensors")
-        data = (folder / Path(name).name).read_bytes()
-        if (digest := hashlib.sha256(data).hexdigest()) != settings["sha256"]:
+        name = _named(folder)
+        if (digest := _sha256(folder / name)) != settings["sha256"]:
             raise ValueError(f"sha256 of {name} must be {settings['sha256']}, got {digest}; copy both files again")
-        return _build(settings, load(data))
+        return _build(settings, load_file(folder / name))
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
-        raise DataError(
-            f"{folder} must hold quantization.json and the tensors it names, as save_quantized writes them: {error!r}"
-        ) from error
+        message = f"{folder} must hold quantization.json and the tensors it names, as save_quantized writes them: {error!r}"
+        raise DataError(message) from error
 
 
 def pack(levels: torch.Tensor, bits: int) -> torch.Tensor:
-    """Integer levels as bytes: two in one if 4 bits hold them, as ``(a + 8) + 16 (b + 8)``.
-
-    Args:
-        levels: int8, any shape. bits: of the grid, 2 to 8.
-
-    Returns:
-        int8 of the same shape, or uint8 ``"bytes"``.
-    """
+    """Levels of a grid of 2 to 8 ``bits``, int8: as they are, or two in a byte if 4 bits hold them, ``(a + 8) + 16 (b + 8)``."""
     if bits > 4:
         return levels.contiguous()
     flat = torch.nn.functional.pad((levels.flatten() + 8).to(torch.uint8), (0, levels.numel() % 2))
@@ -119,23 +114,28 @@ def unpack(values: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return (flat.to(torch.int8) - 8).view(shape)
 
 
+def _sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _build(settings, tensors):
     """The quantized model that the contents of the two files describe."""
     import diffusers  # slow to import
+    from accelerate import init_empty_weights
 
-    model = getattr(diffusers, settings["model"]).from_config(settings["config"]).eval().requires_grad_(False)
+    with init_empty_weights():  # random ones would be thrown away
+        model = getattr(diffusers, settings["model"]).from_config(settings["config"]).eval().requires_grad_(False)
+    model._apply(lambda v: torch.zeros_like(v, device="cpu") if v.is_meta else v)
     model.to(memory_format=torch.channels_last if settings["channels_last"] else torch.contiguous_format)
-    how = {k: settings[k] for k in ("weights", "activations", "method", "weights_per", "split_skips")}
-    quantize(model, **how, keep=list(settings["keep"]), search=False)
-    if isinstance(settings["keep"], dict):  # with the reasons
-        model.quantization.kept = settings["keep"]
+    quantize(model, **{name: settings[name] for name in HOW}, keep=list(settings["keep"]), search=False)
+    model.quantization.kept |= settings["keep"] if isinstance(settings["keep"], dict) else {}  # with the reasons
     model.quantization.visited = settings.get("visited", [])
     for name, layer in quantized_layers(model).items():
         if settings.get("packed"):
             tensors[f"{name}.levels"] = unpack(tensors.pop(f"{name}.packed"), layer.weight.shape)
             layer.weight_step = tensors[f"{name}.weight_step"]
-            layer.levels = tensors[f"{name}.levels"]
-            tensors[f"{name}.weight"] = layer.levels * layer.spread_weight_step()
+            tensors[f"{name}.weight"] = tensors[f"{name}.levels"] * layer.spread_weight_step()
         layer.levels = tensors.get(f"{name}.levels")
     places = {module: place for place, module in model.named_modules()}
     for name, quantizer in activation_quantizers(model).items():
@@ -149,20 +149,15 @@ def _build(settings, tensors):
 def _describe(quantizer):
     """JSON for an activation quantizer: its grid, and the kind and shape of its step source."""
     grid, step = quantizer.grid, quantizer.step
-    return dict(
-        grid=None if grid is None else dict(bits=grid.bits, low=grid.low),
-        step=None if step is None else dict(kind=type(step).__name__, **step.settings()),
-    )
+    return dict(grid=grid and vars(grid), step=step and dict(kind=type(step).__name__, **step.settings()))
 
 
 def _rebuild(quantizer, description, tensors, place):
     """Give a quantizer a grid and a step source of the described kind, still without its values."""
-    quantizer.grid = description["grid"] and Grid(**description["grid"])
-    settings = dict(description["step"] or {})
+    quantizer.grid, settings = description["grid"] and Grid(**description["grid"]), dict(description["step"] or {})
     kind = settings.pop("kind", None)
     if kind == "TableStep":
-        prefix = f"{place}.step."
-        settings = dict(t=tensors[prefix + "t"], s=tensors[prefix + "s"])
+        settings = dict(t=tensors[f"{place}.step.t"], s=tensors[f"{place}.step.s"])
     if kind == "StepGenerator":
         width = settings.pop("width")
         settings["features"] = RawTime() if width == 1 else FourierFeatures(width)

@@ -1,17 +1,23 @@
 """A quantized model as a folder: exact round trips, damaged files."""
 
+import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
 from tdq_utils import calibrate, freeze, load_quantized, quantize, sample, save_quantized
+from tdq_utils.denoiser.loading import DATA
 from tdq_utils.errors import DataError, TDQError
 from tdq_utils.fit import layers
 from tdq_utils.fit.quantize import METHODS, quantized_layers
 from tdq_utils.method.generator import RawTime
+from tdq_utils.run import storage
 from tdq_utils.run.storage import pack, unpack
+
+SHIPPED = {"lsq": "306a0b6d08aa", "tdq": "6f6cd6cdcd25"}  # what the first version of this kit loaded
 
 CHANNELS_LAST = [(method, frozen, torch.channels_last) for method in METHODS for frozen in (False, True)]
 
@@ -162,28 +168,89 @@ def test_weights_in_full_precision_cannot_be_packed(unet, tmp_path):
         save_quantized(unet, tmp_path, packed=True)
 
 
-@pytest.mark.parametrize("broken", ["write_bytes", "replace"])
+STEPS_OF_SAVING = [(storage, "save_file"), (storage, "_sha256"), (Path, "write_text"), (Path, "replace"), (Path, "unlink")]
+
+
+@pytest.mark.parametrize(("holder", "step"), STEPS_OF_SAVING, ids=lambda value: value if isinstance(value, str) else "")
 @pytest.mark.parametrize("at", [0, 1])
-def test_an_interrupted_save_leaves_the_model_that_was_there(calibrated, tmp_path, monkeypatch, x, broken, at):
+@pytest.mark.parametrize("late", [False, True], ids=["instead-of-it", "after-it"])
+def test_an_interrupted_save_leaves_a_model_that_is_whole(calibrated, tmp_path, monkeypatch, x, holder, step, at, late):
+    """The old one, until all of the new one is there; and no rest of what went wrong."""
     model = calibrated("mse")
     save_quantized(model, tmp_path)
-    expected = model(x, 999).sample
     model.conv_in.bias.add_(1)
-    plain, calls = getattr(Path, broken), []
+    expected = [load_quantized(tmp_path)(x, 999).sample, model(x, 999).sample]
+    plain, calls = getattr(holder, step), []
 
-    def fail(path, *args):
-        calls.append(path)
-        if len(calls) > at:
-            raise OSError("disk full")
-        return plain(path, *args)
+    def fail(*args, **options):
+        calls.append(args)
+        if len(calls) <= at:
+            return plain(*args, **options)
+        if late:
+            plain(*args, **options)
+        raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-        patch.setattr(Path, broken, fail)
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(holder, step, fail)
         save_quantized(model, tmp_path)
-    assert torch.equal(load_quantized(tmp_path)(x, 999).sample, expected)
+    done = len(calls) <= at or step == "unlink" or (step, at, late) == ("replace", 1, True)
+    assert torch.equal(load_quantized(tmp_path)(x, 999).sample, expected[done])
     save_quantized(model, tmp_path)
+    assert torch.equal(load_quantized(tmp_path)(x, 999).sample, expected[1])
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_saving_again_the_same_keeps_it(calibrated, tmp_path, x):
+    model = calibrated("mse")
+    for _ in range(2):
+        save_quantized(model, tmp_path)
+        assert torch.equal(load_quantized(tmp_path)(x, 999).sample, model(x, 999).sample)
+
+
+def test_saving_takes_nothing_away_that_is_not_its_own(calibrated, tmp_path):
+    """Other models in the folder stay; a damaged description does not stand in the way."""
+    others = ["model.safetensors", "model-00001-of-00002.safetensors", "model.fp16.safetensors", "notes.txt"]
+    for name in others:
+        (tmp_path / name).write_text(name)
+    model = calibrated("mse")
+    for damaged in ("[1, 2]", "{}", "half"):
+        (tmp_path / "quantization.json").write_text(damaged)
+        save_quantized(model, tmp_path)
+        assert all((tmp_path / name).read_text() == name for name in others)
+        assert len(list(tmp_path.iterdir())) == len(others) + 2
+
+
+def test_what_was_saved_under_the_old_name_is_replaced(calibrated, tmp_path, x):
+    model = calibrated("mse")
+    save_quantized(model, tmp_path)
+    one(tmp_path, "*.safetensors").rename(tmp_path / "model.safetensors")
+    edit(lambda settings: settings.pop("tensors"))(tmp_path)
+    model.conv_in.bias.add_(1)
+    save_quantized(model, tmp_path)
+    assert one(tmp_path, "*.safetensors").name.startswith("model-")
     assert torch.equal(load_quantized(tmp_path)(x, 999).sample, model(x, 999).sample)
-    assert sorted(path.suffix for path in tmp_path.iterdir() if path.suffix != ".part") == [".json", ".safetensors"]
+
+
+def test_loading_draws_no_random_weights(calibrated, tmp_path, monkeypatch):
+    save_quantized(calibrated("mse"), tmp_path)
+    drawn, plain = [], torch.nn.init.kaiming_uniform_
+    record = lambda tensor, *args, **options: drawn.append(tensor.is_meta) or plain(tensor, *args, **options)  # noqa: E731
+    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", record)
+    before = torch.get_rng_state()
+    loaded = load_quantized(tmp_path)
+    assert all(drawn) and torch.equal(torch.get_rng_state(), before)
+    assert not any(tensor.is_meta for tensor in loaded.state_dict().values())
+
+
+@pytest.mark.parametrize("name", ["lsq", "tdq"])
+def test_shipped_models_load_as_they_always_did(name):
+    """From the format of before: the very weights, rounded, and step sizes."""
+    loaded = load_quantized(DATA / "models" / f"fashion-mnist-w4a4-{name}")
+    digest = hashlib.sha256()
+    for key, value in sorted(loaded.state_dict().items()):
+        if key.endswith(("weight", "bias", "rounded", ".s")):
+            digest.update(key.encode() + value.contiguous().numpy().tobytes())
+    assert digest.hexdigest()[:12] == SHIPPED[name]
 
 
 def test_loading_searches_for_no_step_size(calibrated, tmp_path, monkeypatch):

@@ -19,15 +19,18 @@ test: $(READY)  ## lint, types, unit tests, and every notebook against its store
 lab: $(READY)  ## JupyterLab on the quickstart
 	$(BIN)/jupyter lab notebooks/00_quickstart.ipynb
 
-# How the committed tables were sampled; without 8-bit dot products or a C++ compiler: make reproduce ENGINE=eager
+# How the committed tables were sampled: with so many threads, and these options. Without 8-bit dot products or a C++ compiler:
+# make reproduce ENGINE=eager
 ENGINE ?= integer
-MEASURE = $(BIN)/python -m tdq_utils reproduce $(1) --out data/results/$(1).csv --cache runs/cache --engine $(ENGINE) --batch-size 64
+INTEGER = --engine $(ENGINE) --batch-size 64
+MEASURE = OMP_NUM_THREADS=$(2) $(BIN)/python -m tdq_utils reproduce $(1) --out data/results/$(1).csv --cache runs/cache $(3)
 
 reproduce: $(READY)  ## the tables of post-training quantization, its ablations and training, hours; stopped, it goes on where it was
-	$(call MEASURE,ptq)
-	$(call MEASURE,ablations)
-	$(call MEASURE,qat)
-	$(call MEASURE,trials)
+	$(call MEASURE,quickstart,2)
+	$(call MEASURE,ptq,2,$(INTEGER))
+	$(call MEASURE,ablations,2,$(INTEGER))
+	$(call MEASURE,qat,1,$(INTEGER))
+	$(call MEASURE,trials,1,$(INTEGER))
 
 bench: $(READY)  ## time and memory in floats, simulated and in integers, as ratios measured in one run
 	$(BIN)/python -m tdq_utils bench --out data/results

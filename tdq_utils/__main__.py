@@ -13,7 +13,8 @@ from tdq_utils.errors import TDQError
 
 SHOWN = ("question", "variant", "steps", "method", "weights_method", "weights", "activations", "repeat", "iterations",
          "step_rate", "generator_rate", "split_skips", "mse", "fcd", "fid", "kid", "seconds")  # fmt: skip
-BELONGS = {"quick": "ptq, qat", "steps": "quickstart, ptq, qat", "iterations": "qat, trials", "picture": "quickstart"}
+BELONGS = {"quick": "ptq, qat", "steps": "quickstart, ptq, qat", "iterations": "qat, trials",
+           **dict.fromkeys(("methods", "weights", "activations", "picture"), "quickstart")}  # fmt: skip
 
 
 def demo(args: Namespace) -> None:
@@ -75,6 +76,7 @@ def reproduce(args: Namespace) -> None:
             raise TDQError(f"--{option} belongs to {tables}; got {args.table}, which fixes its own. Leave it out.")
     if args.iterations is not None and args.iterations < 1:
         raise TDQError(f"--iterations must be 1 or more; got {args.iterations}.")
+    args.weights, args.activations = args.weights or 8, args.activations or [5, 6]
     steps, iterations = args.steps or (10 if args.quick else 20), args.iterations or (30 if args.quick else 600)
     jobs_of: dict[str, Callable[[], Sequence[Any]]] = {
         "quickstart": partial(quickstart.quickstart_jobs, args.methods, args.weights, args.activations, steps),
@@ -117,7 +119,6 @@ def bench(args: Namespace) -> None:
     from tdq_utils.lab import bench
 
     model, scheduler = tdq.load_model(args.model)
-    print(bench.machine())
     variants = bench.integer_variants(model, scheduler, args.steps)
     how = dict(images=args.images, steps=args.steps)
     tables = {"bench.csv": bench.bench_integer(variants, scheduler, repeats=args.repeats, **how)}
@@ -128,7 +129,7 @@ def bench(args: Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for name, table in tables.items():
         table.assign(machine=bench.machine()).to_csv(args.out / name, index=False, float_format="%.4g")
-        print(f"\n{args.out / name}\n{table.round(3).to_string(index=False)}")
+        print(f"\n{args.out / name}: {bench.machine()}\n{table.round(3).to_string(index=False)}")
 
 
 def parser() -> ArgumentParser:
@@ -192,8 +193,8 @@ def _reproduce_options(sub: ArgumentParser) -> None:
     sub.add_argument("--mix-threads", action="store_true", help="add to rows of another number of threads")
     few = sub.add_argument_group("quickstart")
     few.add_argument("--methods", nargs="*", help="how step sizes are chosen (default: minmax, mse, learned, table, tdq)")
-    few.add_argument("--weights", type=int, default=8, help="bits")
-    few.add_argument("--activations", type=int, nargs="+", default=[5, 6], help="bits")
+    few.add_argument("--weights", type=int, help="bits (default: 8)")
+    few.add_argument("--activations", type=int, nargs="+", help="bits (default: 5 6)")
     few.add_argument("--picture", type=Path, help="also draw drift and rescue, at the fewest bits")
 
 

@@ -1,7 +1,9 @@
 """The command line."""
 
 import inspect
+import re
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
@@ -63,7 +65,8 @@ def test_iterations_are_one_or_more(table, capsys):
 
 @pytest.mark.parametrize(("table", "option", "belongs"), [
     ("ablations", "--quick", "ptq, qat"), ("quickstart", "--quick", "ptq, qat"), ("trials", "--steps=5", "quickstart, ptq, qat"),
-    ("ptq", "--iterations=30", "qat, trials"), ("ptq", "--picture=x.png", "quickstart"),
+    ("ptq", "--iterations=30", "qat, trials"), ("ptq", "--picture=x.png", "quickstart"), ("qat", "--methods", "quickstart"),
+    ("ptq", "--weights=4", "quickstart"), ("ablations", "--activations=4", "quickstart"),
 ])  # fmt: skip
 def test_an_option_of_another_table_is_refused(table, option, belongs, capsys):
     assert main(["reproduce", table, option]) == 2
@@ -118,3 +121,21 @@ def test_a_table_of_a_notebook_is_printed_as_text():
     lines = _as_text(dict(output_type="display_data", data={"text/html": page, "text/plain": "<Styler>"})).splitlines()
     assert [line.split() for line in lines] == [["bits", "fcd"], ["W8A5", "1.50"], ["W8A6", "&", "so", "22.25"]]
     assert _as_text(dict(output_type="stream", text="a table\n")) == "a table\n"
+
+
+@pytest.mark.parametrize("page", ["README.md", "data/README.md", "data/results/README.md", "data/models/fashion-mnist/README.md",
+                                  "data/models/classifier/README.md"])  # fmt: skip
+def test_the_commands_of_a_page_are_commands(page):
+    text = (Path(__file__).parents[1] / page).read_text()
+    commands = re.findall(r"`[^`]*-m tdq_utils ([^`]*)`", text)
+    assert commands or page == "data/README.md"
+    for command in commands:
+        parser().parse_args(shlex.split(command))
+
+
+def test_make_reproduce_gives_every_table_its_threads():
+    """Those of the committed rows: with others it would refuse to go on."""
+    text = (Path(__file__).parents[1] / "Makefile").read_text()
+    for name, threads in re.findall(r"call MEASURE,(\w+),(\d)", text):
+        assert set(pd.read_csv(Path(__file__).parents[1] / f"data/results/{name}.csv").threads) == {int(threads)}
+    assert text.count("call MEASURE,") == 5

@@ -3,9 +3,11 @@
 import copy
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,9 +17,12 @@ import torch
 from tdq_utils.errors import TDQError
 from tdq_utils.lab import reproduce as module
 from tdq_utils.lab.reproduce import reproduce
-from tdq_utils.lab.results import read_rows
-from tdq_utils.lab.tables.ablations import Ablation
+from tdq_utils.lab.results import Table, read_rows
+from tdq_utils.lab.tables.ablations import Ablation, ablation_jobs
 from tdq_utils.lab.tables.ptq import BITS, HEADLINE, Job, ptq_jobs
+from tdq_utils.lab.tables.qat import qat_jobs
+from tdq_utils.lab.tables.quickstart import quickstart_jobs
+from tdq_utils.lab.tables.trials import trial_jobs
 
 KEY = ("method", "weights", "activations", "repeat", "weights_method", "steps")
 JOBS = [
@@ -31,6 +36,17 @@ JOBS = [
 
 def measure(unet, scheduler, out, jobs=JOBS, images=5, **options):
     return reproduce(jobs, unet, scheduler, out, images, batch_size=2, progress=False, **options)
+
+
+RESULTS = Path(__file__).parents[2] / "data" / "results"
+TABLES = {  # jobs, threads and images of the committed tables
+    "quickstart": (quickstart_jobs(), 2, 256),
+    "full_precision": (quickstart_jobs([]), 2, 5000),
+    "ptq": (ptq_jobs(), 2, 1000),
+    "ablations": (ablation_jobs(), 2, 1000),
+    "qat": (qat_jobs(), 1, 1000),
+    "trials": (trial_jobs(), 1, 256),
+}
 
 
 @pytest.mark.usefixtures("small")
@@ -207,3 +223,20 @@ def test_the_table_has_every_setting():
         assert {("tdq", r) for r in range(repeats)} | {("dynamic-sample", 0), ("ptq4dm", 1)} <= found
         assert ("tdq", repeats) not in found
     assert jobs[0] == Job("full precision") and len(ptq_jobs(quick=True)) < len(jobs) / 5
+
+
+@pytest.mark.parametrize("name", sorted(TABLES))
+def test_a_committed_table_is_whole_and_of_one_number_of_threads(name):
+    """Its command has nothing left to measure, and would go on from the CSV alone."""
+    jobs, threads, images = TABLES[name]
+    table = Table(RESULTS / f"{name}.csv", [asdict(job) for job in jobs])
+    rows = table.rows()
+    assert list(rows) == [tuple(asdict(job).values()) for job in jobs]
+    assert {row["threads"] for row in rows.values()} == {threads} and {row["images"] for row in rows.values()} == {images}
+
+
+def test_a_committed_table_gathers_to_itself(tmp_path):
+    for name, (jobs, *_) in TABLES.items():
+        shutil.copy(RESULTS / f"{name}.csv", tmp_path)
+        Table(tmp_path / f"{name}.csv", [asdict(job) for job in jobs]).gather()
+        assert (tmp_path / f"{name}.csv").read_text() == (RESULTS / f"{name}.csv").read_text()

@@ -52,8 +52,8 @@ def compare(model: nn.Module, scheduler: SchedulerMixin, settings: Sequence[Sett
     Returns:
         ``(table, images)``: a row for ``("full precision", None, None)``, one for each setting, and one for real images (as
         many of the training set: the floor), with the columns that :class:`tdq_utils.lab.fid.Distances` says and ``seconds``
-        (without calibration); the images of each setting and of full precision.
-        TDQError: no more images than features (64), a calibration seed that is also evaluated.
+        (without calibration); and the images of each setting and of full precision. TDQError: no more images than features
+        (64), a seed that is also calibrated on.
     """
     chosen = checked_seeds(seeds)
     jobs: dict[Setting, QuickJob] = {("full precision", None, None): QuickJob("full precision", steps=steps)}
@@ -63,8 +63,8 @@ def compare(model: nn.Module, scheduler: SchedulerMixin, settings: Sequence[Sett
     with TemporaryDirectory() as cache:
         bench = Workbench(model, scheduler, chosen, Path(cache), batch_size, progress=False, keep=True)
         bench.check(jobs.values())
-        how = dict(batch_size=batch_size, progress=progress)
-        bench.profile = profile or profile_activations(model, scheduler, CALIBRATION_SEEDS, steps, **how)
+        bench.profile = profile or profile_activations(model, scheduler, CALIBRATION_SEEDS, steps, batch_size=batch_size,
+                                                       progress=progress)  # fmt: skip
         for (method, w, a), job in tqdm(jobs.items(), desc="compare", disable=not progress):
             found = bench.measure(job)
             found["seconds"] -= found["calibration_seconds"]

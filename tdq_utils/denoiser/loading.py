@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,22 @@ def _load_pipeline(source):
         ) from error
 
 
+def weights_at_hand(module: nn.Module) -> AbstractContextManager:
+    """While open, the module's own weights are there, even if accelerate has offloaded them."""
+    if not hasattr(module, "_hf_hook"):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(module)
+
+
 def fingerprint(model: nn.Module) -> str:
     """Twelve hex digits that tell models apart: a hash of the weights. Of a quantized model, take it in full precision."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(name.encode() + parameter.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    for name in sorted(name for name, _ in model.named_parameters()):
+        owner, _, own = name.rpartition(".")
+        module = model.get_submodule(owner)
+        with weights_at_hand(module):
+            value = getattr(module, own).detach().cpu().flatten().view(torch.uint8)
+            digest.update(name.encode() + value.numpy().tobytes())
     return digest.hexdigest()[:12]

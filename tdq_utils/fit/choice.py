@@ -1,5 +1,6 @@
 """Which layers are quantized, and which are left in full precision and why."""
 
+import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any
@@ -8,26 +9,30 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from tdq_utils.denoiser.loading import weights_at_hand
 from tdq_utils.errors import TDQError
-from tdq_utils.fit.layers import QUANTIZED, forward_slots, weights_at_hand
+from tdq_utils.fit.layers import QUANTIZED, forward_slots
 
 LAYERS = (nn.Linear, nn.Bilinear, _ConvNd)
+CONDITIONING = ("diffusers.models.embeddings", "diffusers.models.normalization")
+# img_mod, adaLN_modulation, double_stream_modulation_img, time_proj, time_emb_proj, t_embedder, ...
+CARRIES_T = re.compile(r"(^|[._])(time_emb\w*|time_proj|time_mlp|t_embedder|\w*mod|\w*modulation\w*)(\.|$)", re.IGNORECASE)
 
 
 def kept_layers(model: nn.Module) -> dict[str, str]:
     """The layers that the paper keeps in full precision, found by structure: ``{name: reason}``.
 
-    The model's own entry and exit layers (first and last conv or projection: the ones it holds directly or
-    in an embedding module), and everything that carries t: time-embedding MLPs, the time projections of
-    ResNet blocks, adaptive norms. (So et al. 2023, authors' code.)
+    The model's own entry and exit layers (first and last conv or projection: those it holds directly or in an embedding), and
+    everything that carries t: time-embedding MLPs, time projections of ResNet blocks, adaptive norms (So et al. 2023, authors'
+    code); modulations of transformers, by the names they go by.
     """
-    kept: dict[str, str] = {}
-    for parent_name, parent in model.named_modules():
-        conditioning = type(parent).__module__ in ("diffusers.models.embeddings", "diffusers.models.normalization")
-        for name, layer in parent.named_modules() if conditioning else parent.named_children():
-            reason = "carries t" if conditioning or name == "time_emb_proj" else "entry or exit" if parent is model else None
-            if type(layer) in QUANTIZED and reason:
-                kept.setdefault(f"{parent_name}.{name}".lstrip("."), reason)
+    inside = tuple(f"{name}." for name, module in model.named_modules() if type(module).__module__ in CONDITIONING)
+    kept = {}
+    for name, layer in model.named_modules():
+        if type(layer) in QUANTIZED and (name.startswith(inside) or CARRIES_T.search(name)):
+            kept[name] = "embeds the input or carries t"
+        elif type(layer) in QUANTIZED and "." not in name:
+            kept[name] = "entry or exit"
     return kept
 
 

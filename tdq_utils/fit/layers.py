@@ -1,7 +1,6 @@
 """Quantized conv and linear layers: the very modules of the model, for as long as it is quantized with another class."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -215,18 +214,6 @@ def forward_slots(layer: nn.Module, kind: type[nn.Module]) -> list[tuple[Any, st
     places = [(layer, "forward"), (layer, "_old_forward"), *((fn, name) for fn in references for name in vars(fn))]
     is_method = lambda value: getattr(value, "__func__", None) is kind.forward and value.__self__ is layer  # noqa: E731
     return [(holder, name) for holder, name in places if is_method(vars(holder).get(name))]
-
-
-@contextmanager
-def weights_at_hand(layer: nn.Module) -> Iterator[None]:
-    """While open, the layer's weights are there, even if accelerate has offloaded them."""
-    if not layer.weight.is_meta or not hasattr(layer, "_hf_hook"):
-        yield
-        return
-    from accelerate.utils import align_module_device
-
-    with align_module_device(layer):
-        yield
 
 
 def search_weight_step(weight: torch.Tensor, grid: Grid, per: str, split: int | None = None) -> torch.Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from tdq_utils.denoiser.call import follow, time_argument
+from tdq_utils.denoiser.loading import weights_at_hand
 from tdq_utils.denoiser.sampling import timesteps
 from tdq_utils.errors import TDQError
 from tdq_utils.fit import layers
@@ -95,7 +96,7 @@ def quantize(model: Any, weights: int | None = 8, activations: int | None = 8, m
     for name, layer in chosen.items():
         step, split = None, splits.get(name)
         if grid is not None:
-            with layers.weights_at_hand(layer):
+            with weights_at_hand(layer):
                 rows = len(layer.weight) if weights_per == "channel" else 1
                 blank = torch.ones(rows if split is None else (2, rows))
                 step = layers.search_weight_step(layer.weight, grid, weights_per, split) if search else blank
@@ -254,7 +255,7 @@ def round_weights(model: nn.Module) -> None:
     """The weights' part of :func:`freeze`: keep each layer's rounded weights instead of rounding at every call."""
     for layer in quantized_layers(model).values():
         if layer.weight_grid is not None:
-            with layers.weights_at_hand(layer):
+            with weights_at_hand(layer):
                 layer.rounded = layer.quantized_weight().detach().clone()
     checked_state(model).frozen = True
 

@@ -1,0 +1,84 @@
+"""The contract on other people's models: which t they are told, quantized and frozen and restored; nothing wrong in silence."""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tdq_utils import calibrate, freeze, full_precision, quantize, quantized_layers, restore
+from tdq_utils.denoiser.call import prediction, read_times
+from tdq_utils.denoiser.recording import as_profile, recording
+
+sys.path.insert(0, str(Path(__file__).parent))
+from denoisers import ZOO
+
+
+@pytest.fixture(params=ZOO, scope="module")
+def family(request):
+    return ZOO[request.param]
+
+
+@pytest.fixture(scope="module")
+def calls(family):
+    """What the family's own pipeline would pass at each of three time steps."""
+    torch.manual_seed(1)
+    given = family.call(family.batch)
+    return [given | {family.time: torch.full((family.batch,), t)} for t in family.times]
+
+
+def outputs(model, calls):
+    found = [prediction(model(**call)) for call in calls]
+    return torch.stack([torch.stack(list(out)) for out in found])
+
+
+def test_every_time_step_is_read_as_it_came(family, calls):
+    model = family.build()
+    assert [read_times(model, (), call).values for call in calls] == [[pytest.approx(t)] for t in family.times]
+
+
+def test_the_whole_life_of_a_quantized_model(family, calls):
+    model = family.build()
+    before = copy.deepcopy(model.state_dict())
+    clean = outputs(model, calls)
+    with recording(model) as cells:
+        outputs(model, calls)
+    profile = as_profile(cells)
+    assert profile.t.tolist() == pytest.approx(sorted(family.times, reverse=True))
+
+    quantize(model, 4, 8, "table")
+    assert [name for name in family.carries_t if name not in model.quantization.kept] == []
+    seen = {}
+    for name, layer in quantized_layers(model).items():
+        layer.register_forward_hook(lambda layer, args, out, name=name: seen.update({name: (layer, args[0], out)}))
+    calibrate(model, profile=profile, progress=False)
+    assert model.quantization.visited == pytest.approx(sorted(family.times, reverse=True))
+    seen.clear()
+    quantized = outputs(model, calls)
+    assert torch.isfinite(quantized).all() and not torch.equal(quantized, clean)
+    for layer, *_ in seen.values():
+        layer._forward_hooks.clear()
+    with full_precision(model):
+        for name, (layer, x, out) in seen.items():
+            zero = not layer.weight.any()  # as some layers start
+            assert zero or not torch.equal(layer(x), out), f"{name} was not quantized"
+    freeze(model)
+    assert torch.equal(outputs(model, calls), quantized)
+    restore(model)
+    assert torch.equal(outputs(model, calls), clean)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_half_precision_runs(family, calls):
+    model = family.build()
+    with recording(model) as cells:
+        outputs(model, calls)
+    quantize(model, 8, 8, "mse")
+    calibrate(model, profile=as_profile(cells), progress=False)
+    model.to(torch.bfloat16)
+    cast = lambda v: v.to(torch.bfloat16) if isinstance(v, torch.Tensor) and v.is_floating_point() else v  # noqa: E731
+    tree = lambda v: (  # noqa: E731
+        {k: tree(p) for k, p in v.items()} if isinstance(v, dict) else [tree(p) for p in v] if isinstance(v, list) else cast(v)
+    )
+    assert torch.isfinite(outputs(model, [tree(call) for call in calls])).all()

@@ -65,8 +65,8 @@ class Trainer:
 
     Args:
         model, optimizer: what learns. A group of parameters may have a ``rate``, relative to that of the iteration.
-        ema_decay: of the average; it grows from 0 to this value over the first iterations.
-        path: of the state, saved every minute and at the end, and gone on from; ``None``: nowhere. clip: norm of the gradient.
+        ema_decay: of the average; it grows from 0 to this value over the first iterations. clip: norm of the gradient.
+        path: of the state, saved every minute and at the end, and gone on from; ``None``: nowhere.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, ema_decay: float, path: Path | None = None,

@@ -25,8 +25,7 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
     """``{name: module}``: the outermost blocks that hold quantized layers; a layer outside of any is its own block."""
     units = {}
     for layer in quantized_layers(model):
-        parts = layer.split(".")
-        ancestors = [".".join(parts[:i]) for i in range(1, len(parts))]
+        ancestors = [layer[:i] for i, letter in enumerate(layer) if letter == "."]
         unit = next((name for name in ancestors if type(model.get_submodule(name)).__name__ in BLOCKS), layer)
         units[unit] = model.get_submodule(unit)
     return units

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
@@ -16,12 +15,12 @@ from tdq_utils.denoiser.recording import as_profile, recording
 from tdq_utils.errors import TDQError, check
 from tdq_utils.fit import reconstruction
 from tdq_utils.fit.calibration_set import CalibrationSet, check_eval, check_made_by, skewed_density
+from tdq_utils.fit.loop import descend
 from tdq_utils.fit.quantize import DYNAMIC, activation_quantizers, checked_state, full_precision, quantized_layers
 from tdq_utils.method.generator import StepGenerator
 from tdq_utils.method.grid import mse_step, squared_error
 from tdq_utils.method.step_sizes import DynamicStep, LearnedStep, StaticStep, StepSize, TableStep
 
-STARTS = ("mse", "std", "lsq")
 OPTIONS = dict(iterations="count", rate="positive", momentum="share", follow="share", percentile="percent")
 
 
@@ -33,29 +32,22 @@ def calibrate(model: nn.Module, scheduler: Any = None, seeds: int | Iterable[int
 
     The full-precision model runs on samples of its own trajectory (``data``) while each (layer, t) keeps a histogram
     (``profile``). All methods then look at the squared error of quantizing those same activations. One value a layer:
+    ``"minmax"`` truncates nothing; ``"momentum"``: the same range, averaged over batches by a moving average;
+    ``"percentile"`` truncates what lies beyond a percentile of the magnitude (option ``percentile``, default 99.9);
+    ``"mse"``: least squared error, by exhaustive search; ``"ptq4dm"``: the same, with t weighted as PTQ4DM draws it (unless
+    the set is ``at="skewed"`` and has that weight already); ``"learned"``: by descending the squared error.
 
-    * ``"minmax"``: truncates nothing. ``"momentum"``: the same range, averaged over batches by a moving average.
-    * ``"percentile"``: truncates what lies beyond a percentile of the magnitude (option ``percentile``, default 99.9).
-    * ``"mse"``: least squared error, by exhaustive search. ``"ptq4dm"``: the same, with t weighted as PTQ4DM draws it (a set
-      made with ``at="skewed"`` has that weight already and gets no other).
-    * ``"learned"``: by descending the squared error.
-
-    A value that depends on t:
-
-    * ``"table"``: one for each t visited, least squared error at that t, by exhaustive search.
-    * ``"tdq"``: a generator s(t) for each layer (So et al. 2023), by descending the error.
-
-    "mse" and "table", and "learned" and "tdq", differ in nothing but the dependence on t. ``"dynamic"`` and
-    ``"dynamic-sample"`` measure nothing; a model can change from the one to the other.
+    A value that depends on t: ``"table"``, least squared error at each t visited, by exhaustive search; ``"tdq"``, a
+    generator s(t) for each layer (So et al. 2023), by descending the error. "mse" and "table", and "learned" and "tdq",
+    differ in nothing else. ``"dynamic"`` and ``"dynamic-sample"`` measure nothing; a model can change between them.
 
     Args:
         model: quantized, in evaluation mode; its quantizers step aside while the trajectory is measured.
         scheduler, seeds, steps: a short way to ``data``, as for :func:`tdq_utils.denoiser.sampling.sample` (default: 64 images,
             20 steps); of ``options``, ``batch_size`` and ``condition`` belong to it, too.
-        method: default, the method that :func:`tdq_utils.fit.quantize.quantize` was given.
+        method: default, the one that :func:`tdq_utils.fit.quantize.quantize` was given.
         data: the :class:`tdq_utils.fit.calibration_set.CalibrationSet` to run the model on.
-        profile: a :class:`tdq_utils.denoiser.profile.Profile` of this model, instead of data; beside it where
-            ``reconstruct`` or ``weights_method`` needs samples.
+        profile: of this model, instead of data; beside it where ``reconstruct`` or ``weights_method`` needs samples.
         reconstruct: for "learned" and "tdq", the error that is descended: of each layer's ``"input"``, or after that
             of each ``"block"``'s output or of the predicted ``"noise"`` (:func:`tdq_utils.fit.reconstruction.refine`).
         weights_method: ``"adaround"`` to learn whether each weight is rounded up or down
@@ -115,7 +107,7 @@ def _check_options(method, options, shifted):
         raise TDQError(f"{method!r} takes {', '.join(accepted) or 'no options'}; got {min(unknown)!r}.")
     for name in OPTIONS.keys() & options:
         check(OPTIONS[name], **{name: options[name]})
-    if options.get("start", "mse") not in STARTS:
+    if options.get("start", "mse") not in ("mse", "std", "lsq"):
         raise TDQError(f"start must be 'mse', 'std' or 'lsq'; got {options['start']!r}.")
 
 
@@ -125,7 +117,7 @@ def _source(model, scheduler, making, data, profile, samples, chooses, progress)
     unused = [*(making if data is not None or profiled else ()), *(["data"] if data is not None and profiled else ())]
     if unused:
         raise TDQError(f"calibrate takes one input: data (or what makes it), or a profile. Leave out {', '.join(unused)}.")
-    for known, what in ((data, "calibration set"), (profile, "profile")):
+    for what, known in {"calibration set": data, "profile": profile}.items():
         if known is not None:
             check_made_by(model, known.model, what)
     if data is not None or not (samples or (chooses and profile is None)):
@@ -168,10 +160,9 @@ class _Problem:
 
     def __init__(self, profile, layer, bits, shifted):
         row = profile.row(layer)
-        self.grid = profile.grid(layer, bits, shifted)
-        self.t = torch.from_numpy(profile.t)
-        # "step 2": least and greatest value at each t
-        self.ranges = torch.from_numpy(np.stack([profile.least[row], profile.greatest[row]], 1)).float()
+        self.grid, self.t = profile.grid(layer, bits, shifted), torch.from_numpy(profile.t)
+        # "step": least and greatest value at each t
+        self.least, self.greatest = (torch.from_numpy(ends[row]).float() for ends in (profile.least, profile.greatest))
         self.best_steps = lambda: profile.best_steps(layer, bits, shifted)
         # Hundreds of iterations look at these: as coarse as the step size allows.
         self.values = lambda s_0: profile.values(layer, merge=profile.finest_merge(layer, s_0))
@@ -184,9 +175,10 @@ class _Problem:
 def _momentum(p, momentum=0.9, seed=0):
     """Batches are the images at one t, in random order: in the order of sampling the last few t would decide."""
     order = torch.randperm(len(p.t), generator=torch.Generator().manual_seed(seed))
-    average = p.ranges[order[0]]
-    for row in order[1:]:
-        average = momentum * average + (1 - momentum) * p.ranges[row]
+    ends = torch.stack([p.least, p.greatest], 1)[order]
+    average = ends[0]
+    for pair in ends[1:]:
+        average = momentum * average + (1 - momentum) * pair
     return p.widest_step(*average)
 
 
@@ -227,16 +219,15 @@ def _start(p, rule):
 
 def fit(p: _Problem, make: Callable[[float], Any], iterations: int = 100, rate: float = 5e-3, start: str = "mse",
         follow: float = 0.0) -> StepSize:  # fmt: skip
-    """Fit a layer's source of step sizes by gradient descent on the squared quantization error.
+    """Fit a layer's source of step sizes by gradient descent on the squared quantization error, relative to the static error.
 
-    The loss is the error over all t, relative to the static error, so that layers of any scale learn at one rate.
-    Histograms stand for the activations, so every iteration sees all of them.
+    So layers of any scale learn at one rate; histograms stand for the activations, so every iteration sees all of them.
 
     Args:
         p: the layer's activations. make: function of a first step size that returns a source with ``at(t)``.
-        iterations: of Adam with a cosine rate from ``rate``.
-        start: first step size: ``"mse"``, the MSE-optimal constant; ``"std"``, ``(mean + 3 std)`` over the number of
-            positive levels (authors' code); or ``"lsq"``, ``2 mean|x| / sqrt(q_max)`` (Esser et al. 2020).
+        iterations: of Adam with a cosine rate from ``rate``. start: first step size: ``"mse"``, the MSE-optimal constant;
+            ``"std"``, ``(mean + 3 std)`` over the number of positive levels (authors' code); or ``"lsq"``,
+            ``2 mean|x| / sqrt(q_max)`` (Esser et al. 2020).
         follow: share of the iterations, at the beginning, that descend the squared distance of log s(t) to the best
             value of each step instead. At few bits the error has several minima in s (the shift of the grid is
             rounded to whole steps), and a curve that starts as a constant stays in that constant's.
@@ -245,24 +236,18 @@ def fit(p: _Problem, make: Callable[[float], Any], iterations: int = 100, rate: 
     values, counts = p.values(s_0)
     source = make(float(_start(p, start)))
     scale = squared_error(values, counts, s_0.expand(len(values)), p.grid).sum().clamp_min(1e-20)
-    optimizer = torch.optim.Adam(source.parameters(), lr=rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
-    for i in range(iterations):
+
+    def error(i):
         s = source.at(p.t)
-        if i < follow * iterations:
-            error = (s.log() - best.log()).square().mean()
-        else:
-            error = squared_error(values, counts, s, p.grid).sum() / scale
-        error.backward()
-        nn.utils.clip_grad_norm_(source.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
+        near = i < follow * iterations
+        return (s.log() - best.log()).square().mean() if near else squared_error(values, counts, s, p.grid).sum() / scale
+
+    descend(error, list(source.parameters()), iterations, rate)
     return source
 
 
 CHOOSERS = {
-    "minmax": lambda p: p.widest_step(p.ranges[:, 0].min(), p.ranges[:, 1].max()),
+    "minmax": lambda p: p.widest_step(p.least.min(), p.greatest.max()),
     "momentum": _momentum,
     "percentile": _percentile,
     "mse": lambda p: StaticStep(p.best_steps()[0]),

@@ -30,9 +30,8 @@ class CalibrationSet:
 
     Attributes:
         x_t: ``"sample channel height width"`` float32. t: ``"sample"`` int64, descending.
-        seeds: ``"sample"`` int64, the seed of each sample's trajectory.
+        seeds: ``"sample"`` int64, of each sample's trajectory. condition: further arguments of the model, a row a sample.
         model: :func:`tdq_utils.denoiser.loading.fingerprint` of the model that made it.
-        condition: further arguments of the model, each with one row a sample.
         at: how t was drawn, ``"uniform"`` or ``"skewed"``; ``"chosen"``: from a list.
     """
 
@@ -51,11 +50,11 @@ class CalibrationSet:
 
         Args:
             model, scheduler, seeds, steps, condition: as for :func:`tdq_utils.denoiser.sampling.sample`; a quantized model is
-                run in full precision.
+                run in full precision. sampling: ``batch_size``, ``progress`` of ``sample``.
             at: ``"uniform"``: any step alike (Q-Diffusion); ``"skewed"``: steps drawn by :func:`skewed_density`
                 (PTQ4DM); or a list of time steps to keep.
-            per_seed: steps kept of each trajectory, drawn without replacement from the seed alone; default:
-                all for "uniform", half for "skewed". sampling: ``batch_size``, ``progress`` of ``sample``.
+            per_seed: steps kept of each trajectory, drawn without replacement from the seed alone; default: all for
+                "uniform", half for "skewed".
 
         Raises:
             TDQError: unknown ``at``, a time step that is not visited, ``per_seed`` out of range, a model in training mode.

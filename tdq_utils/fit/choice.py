@@ -39,17 +39,16 @@ def kept_layers(model: nn.Module) -> dict[str, str]:
 def chosen_layers(model: nn.Module, keep: str | Iterable[str] | None) -> tuple[dict[str, Any], dict[str, str]]:
     """The layers to quantize, by name, and those that are kept, by name with the reason.
 
-    Raises:
-        TDQError: a pattern that names no layer, nothing to quantize, weights that are not finite, an adapter, or a layer
-            whose quantizer would be there but not run.
+    TDQError: a pattern that names no layer, nothing to quantize, weights that are not finite, an adapter, or a layer whose
+    quantizer would be there but not run.
     """
     everything = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
-    patterns = [keep] if isinstance(keep, str) else None if keep is None else list(keep)
-    for pattern in patterns or ():
-        if not any(fnmatchcase(name, pattern) for name in everything):
+    kept = kept_layers(model) if keep is None else {}
+    for pattern in [keep] if isinstance(keep, str) else keep or ():
+        asked = {name: "as asked" for name in everything if fnmatchcase(name, pattern)}
+        if not asked:
             raise TDQError(f"keep must name conv or linear layers of the model, or match some; got {pattern!r}.")
-    asked = {name: "as asked" for name in everything if any(fnmatchcase(name, pattern) for pattern in patterns or ())}
-    kept = kept_layers(model) if patterns is None else asked
+        kept |= asked
     kept |= {name: reason for name, layer in everything.items() if name not in kept and (reason := _cannot(name, layer))}
     chosen = {name: layer for name, layer in everything.items() if name not in kept}
     if not chosen:

@@ -41,16 +41,14 @@ def finetune(model: nn.Module, scheduler: Any, images: torch.Tensor, method: str
     Args:
         model, scheduler: full precision, evaluation mode; :func:`tdq_utils.fit.quantize.restore` gives it back bit for bit.
         images: training images ``"image channel height width"`` in [-1, 1].
-        method: ``"pact"``, ``"lsq"``, ``"nipq"`` (:mod:`tdq_utils.method.rules`) with a learned constant a layer; ``"tdq"``,
-            ``"tdq-pact"``, ``"tdq-nipq"``: the same with the constant replaced by a generator s(t). That is for
-            activations; the step sizes of weights learn by LSQ in all of them.
+        method: for activations, ``"pact"``, ``"lsq"``, ``"nipq"`` (:mod:`tdq_utils.method.rules`) with a learned constant a
+            layer; ``"tdq"``, ``"tdq-pact"``, ``"tdq-nipq"``: with a generator s(t) instead. Steps of weights learn by LSQ.
         weights, activations: bits. iterations, batch: of training. rate: of weights and of the logarithms of their step sizes.
         step_rate: of the logarithms of the step sizes of activations, relative to ``rate``: of the constants, and of the
-            factor that each generator gets so that its s(t) can move as freely as a constant
-            (:meth:`tdq_utils.method.generator.StepGenerator.learn_scale`); 0: there is none. (So et al. 2023, authors' code: no
-            factor; constants at a tenth, on a linear scale, in far longer runs.)
-        generator_rate: of the generators' networks, relative to ``rate`` (authors' code: 1).
-        warmup: iterations. clip: norm of the gradient. ema_decay: of the average of all that learns, which the model ends as.
+            factor that lets each s(t) move as freely (:meth:`tdq_utils.method.generator.StepGenerator.learn_scale`); 0: none.
+            (So et al. 2023, authors' code: no factor; constants at a tenth, on a linear scale, in far longer runs.)
+        generator_rate: of the generators' networks, relative to ``rate`` (authors' code: 1). warmup: iterations.
+        clip: norm of the gradient. ema_decay: of the average of all that learns, which the model ends as.
         distill: share of the loss that is the error against the full-precision model's prediction, 0 to 1.
         seed: of data, noise, dropout and generators. split_skips: as for :func:`tdq_utils.fit.quantize.quantize`.
         decay: of PACT's alpha (:func:`tdq_utils.method.rules.pact`); the other rules have none. progress: show bars.
@@ -58,9 +56,9 @@ def finetune(model: nn.Module, scheduler: Any, images: torch.Tensor, method: str
         calibration: ``data`` or ``profile`` and other arguments of :func:`tdq_utils.fit.calibration.calibrate`.
 
     Raises:
-        TDQError: unknown method, a quantized model, a setting out of range, an ``out`` that holds a run with other
-            settings, images, scheduler or calibration, or a loss that is not finite (the last good state stays on disk).
-            Whatever stops it, the model is the full-precision one again.
+        TDQError: unknown method, a quantized model, a setting out of range, an ``out`` that holds a run with other settings,
+            images, scheduler or calibration, a loss that is not finite (the last good state stays on disk). Whatever
+            stops it, the model is the full-precision one again.
     """
     settings = {name: value for name, value in locals().items() if name not in ("out", "progress")}
     if method not in FINETUNED:

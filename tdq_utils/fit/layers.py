@@ -16,12 +16,11 @@ from tdq_utils.method.step_sizes import DynamicStep, StepSize, TimeSteps
 
 
 class ActivationQuantizer(nn.Module):
-    """Quantizes one layer's input: a grid, and a source of step sizes.
+    """Quantizes one layer's input.
 
     Args:
-        bits: 2 to 8.
-        grid: :class:`Grid`, or ``None`` to choose it by the range of each input (dynamic methods).
-        step: :class:`tdq_utils.method.step_sizes.StepSize`, or ``None`` until calibration. In training, ``rule``
+        bits: 2 to 8. grid: :class:`Grid`, or ``None`` to choose it by the range of each input (dynamic methods).
+        step: where step sizes come from, or ``None`` until calibration. In training, ``rule``
             (:mod:`tdq_utils.method.rules`) quantizes.
     """
 
@@ -49,8 +48,7 @@ class ActivationQuantizer(nn.Module):
         return rule(x, self.step(x, t, self.grid), self.grid)
 
     def _apply(self, fn, recurse=True):
-        # Step sizes follow the model's device, not its dtype.
-        return super()._apply(lambda v: fn(v).to(v.dtype) if v.is_meta else v.to(fn(v).device), recurse)
+        return super()._apply(_less_dtype(fn), recurse)
 
     def extra_repr(self) -> str:
         """Bits and the kind of grid, for print(model)."""
@@ -59,11 +57,7 @@ class ActivationQuantizer(nn.Module):
 
 
 class SplitQuantizer(nn.Module):
-    """Two activation quantizers for the halves of a concatenated input, which often differ in range (Q-Diffusion).
-
-    Args:
-        at: channels of the first half. halves: two :class:`ActivationQuantizer`.
-    """
+    """Two quantizers, ``halves``, for the channels before and after ``at`` of a concatenated input (Q-Diffusion)."""
 
     def __init__(self, at: int, halves: list[nn.Module]):
         super().__init__()
@@ -83,16 +77,20 @@ def _halves(x, at):
     return x[:, :at], x[:, at:]
 
 
+def _less_dtype(fn):
+    """What moves a module's tensors, for step sizes: they follow the device, not the dtype."""
+    return lambda v: fn(v).to(v.dtype) if v.is_meta else v.to(fn(v).device)
+
+
 class QuantizedLayer(nn.Module):
     """What a quantized conv or linear layer has beside its own parameters, which stay as they are.
 
     Attributes:
         activation: :class:`ActivationQuantizer`, or ``None`` for full-precision inputs.
         weight_grid: :class:`Grid`, or ``None`` for full-precision weights.
-        weight_step: step sizes of the weights, one for each output channel or one for all; of a layer with a split
-            input, two rows of them.
+        weight_step: of the weights, one for each output channel or one for all; with a split input, two rows of them.
         split: channels of the input that belong to its first half, or ``None``.
-        levels: integer levels of the weights where rounding was learned (AdaRound), int8; else ``None``: the nearest.
+        levels: int8 levels of the weights where rounding was learned (AdaRound), else ``None``: the nearest.
         rounded: the rounded weights of a frozen layer, else ``None``.
     """
 
@@ -143,9 +141,7 @@ class QuantizedLayer(nn.Module):
     def _apply(self, fn, recurse=True):
         own = {name: buffer for name in BUFFERS if (buffer := self._buffers.get(name)) is not None}
         super()._apply(fn, recurse)
-        for name, buffer in own.items():  # they follow the device, not the dtype
-            moved = self._buffers[name]
-            self._buffers[name] = moved.to(buffer.dtype) if buffer.is_meta else buffer.to(moved.device)
+        self._buffers |= {name: _less_dtype(fn)(buffer) for name, buffer in own.items()}
         return self
 
 
@@ -165,13 +161,10 @@ class QuantizedConv3d(QuantizedLayer, nn.Conv3d):
     """A quantized ``nn.Conv3d``."""
 
 
-QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Linear: QuantizedLinear,
-    nn.Conv1d: QuantizedConv1d,
-    nn.Conv2d: QuantizedConv2d,
-    nn.Conv3d: QuantizedConv3d,
+PLAIN: dict[type[nn.Module], type[nn.Module]] = {
+    kind: kind.__bases__[1] for kind in (QuantizedLinear, QuantizedConv1d, QuantizedConv2d, QuantizedConv3d)
 }
-PLAIN = {quantized: plain for plain, quantized in QUANTIZED.items()}
+QUANTIZED = {plain: quantized for quantized, plain in PLAIN.items()}
 BUFFERS = ("weight_step", "levels", "rounded")
 ADDED = ("weight_grid", "split", "activation", *BUFFERS)
 

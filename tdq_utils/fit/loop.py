@@ -41,13 +41,32 @@ def denoising_loss(forward: Callable, images: torch.Tensor, scheduler: Any, batc
     return (1 - distill) * F.mse_loss(predicted, eps) + distill * F.mse_loss(predicted, taught)
 
 
+def descend(loss_of: Callable[[int], torch.Tensor], parameters: list[nn.Parameter], iterations: int, rate: float,
+            title: str = "", progress: bool = False) -> list[float]:  # fmt: skip
+    """Adam, with a cosine fall from ``rate``, on the loss of each iteration over ``parameters`` alone. Returns the losses."""
+    losses, optimizer = [], torch.optim.Adam(parameters, lr=rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    for i in tqdm(range(iterations), title, disable=not progress, leave=False):
+        error = loss_of(i)
+        # Not backward(), which would leave gradients on the model's other parameters, or add to those that are there.
+        gradients = torch.autograd.grad(error, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        losses.append(error.item())
+    return losses
+
+
 class Trainer:
     """Steps of an optimizer on a loss, an average of all parameters, and the state of both on disk.
 
     Args:
         model, optimizer: what learns. A group of parameters may have a ``rate``, relative to that of the iteration.
-        ema_decay: of the average; it grows from 0 to this value over the first iterations.
-        path: of the state, saved every minute and at the end, and gone on from; ``None``: nowhere. clip: norm of the gradient.
+        ema_decay: of the average; it grows from 0 to this value over the first iterations. clip: norm of the gradient.
+        path: of the state, saved every minute and at the end, and gone on from; ``None``: nowhere.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, ema_decay: float, path: Path | None = None,
@@ -64,11 +83,8 @@ class Trainer:
             seed: int, title: str, progress: bool = True) -> list[float]:  # fmt: skip
         """Train to the end, or on from the state on disk; the model ends as the average. Returns the loss of each iteration.
 
-        Args:
-            loss_of: the loss, of the random numbers of an iteration. rate_of: the rate of an iteration.
-
-        Raises:
-            TDQError: a loss or gradient that is not finite; no parameter has seen it. DataError: a damaged state.
+        ``loss_of``: the loss, of the random numbers of an iteration. ``rate_of``: the rate of an iteration.
+        TDQError: a loss or gradient that is not finite; no parameter has seen it. DataError: a damaged state.
         """
         start, log = self._load()
         saved = time.monotonic()
@@ -150,11 +166,10 @@ def described(value: Any, name: str = "") -> dict[str, Any]:
     elif is_dataclass(value):
         value = {field.name: getattr(value, field.name) for field in fields(value) if field.compare}
     if isinstance(value, dict):
-        parts = [described(part, f"{name}.{key}".lstrip(".")) for key, part in value.items()]
-        return {key: part for found in parts for key, part in found.items()}
+        parts = (described(part, f"{name}.{key}".lstrip(".")) for key, part in value.items())
+        return dict(item for part in parts for item in part.items())
     if isinstance(value, (torch.Tensor, np.ndarray)):
         tensor = torch.as_tensor(value).detach().cpu().contiguous().flatten()
-        value = hashlib.sha256(
-            f"{value.dtype} {[*value.shape]}".encode() + tensor.view(torch.uint8).numpy().tobytes()
-        ).hexdigest()
+        kind = f"{value.dtype} {[*value.shape]}".encode()
+        value = hashlib.sha256(kind + tensor.view(torch.uint8).numpy().tobytes()).hexdigest()
     return {name: list(value) if isinstance(value, (tuple, range)) else value}

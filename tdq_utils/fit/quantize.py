@@ -57,23 +57,20 @@ class Quantization:
 def quantize(model: Any, weights: int | None = 8, activations: int | None = 8, method: str = "tdq",
              keep: str | Iterable[str] | None = None, weights_per: str = "channel", split_skips: bool = False,
              search: bool = True) -> None:  # fmt: skip
-    """Make the model's conv and linear layers quantized ones, in place.
+    """Make the model's conv and linear layers quantized ones, in place; :func:`restore` takes the quantizers out.
 
-    The layers stay the same modules with the same parameters, which are not touched; :func:`restore` takes the quantizers
-    out. Weights get the MSE-optimal symmetric step; step sizes of activations come from
-    :func:`tdq_utils.fit.calibration.calibrate`, except for the dynamic methods, which need none.
+    The layers stay the same modules with the same parameters, which are not touched. Weights get the MSE-optimal symmetric
+    step; step sizes of activations come from :func:`tdq_utils.fit.calibration.calibrate`, but dynamic methods need none.
 
     Args:
         model: a diffusers denoiser, called with a sample and a time step.
         weights, activations: bits, 2 to 8, or ``None`` for full precision.
         method: ``"minmax"``, ``"momentum"``, ``"percentile"``, ``"mse"``, ``"ptq4dm"`` or ``"learned"`` (static),
             ``"table"`` (one value a step), ``"tdq"`` (generator), ``"dynamic"`` (per tensor), ``"dynamic-sample"``.
-        keep: dotted names or patterns (``"mid_block.*"``) of layers to leave in full precision;
-            default: :func:`kept_layers`. What cannot be quantized (subclasses, layers whose weight is computed) is left, too:
-            ``model.quantization.kept`` says why.
-        weights_per: ``"channel"`` (output channel) or ``"tensor"``.
-        split_skips: give the two halves of a concatenated skip input quantizers of their own, for activations and
-            weights (Q-Diffusion, Li et al. 2023); see :func:`skip_splits`.
+        keep: dotted names or patterns (``"mid_block.*"``) of layers to leave in full precision; default: :func:`kept_layers`.
+            What cannot be quantized (subclasses, computed weights) is left, too; ``model.quantization.kept`` says why.
+        weights_per: ``"channel"`` (output channel) or ``"tensor"``. split_skips: give the two halves of a concatenated skip
+            input quantizers of their own, for activations and weights (Q-Diffusion, Li et al. 2023).
         search: look for the step sizes of weights; ``False``: leave them at 1, for a caller who has them.
 
     Raises:
@@ -88,9 +85,7 @@ def quantize(model: Any, weights: int | None = 8, activations: int | None = 8, m
         raise TDQError(f"weights_per must be 'channel' or 'tensor'; got {weights_per!r}.")
     time_argument(model)
     chosen, kept = chosen_layers(model, keep)
-    grid = None if weights is None else Grid(weights)
-    if activations is not None:
-        Grid(activations)  # refuse wrong bits before any work
+    grid, _ = (None if bits is None else Grid(bits) for bits in (weights, activations))  # wrong bits are refused before any work
     splits = skip_splits(model) if split_skips else {}
     added = {}
     for name, layer in chosen.items():
@@ -135,24 +130,19 @@ def _take_off(model):
 
 def _check_path(model, args):
     """A hook: no layer may have come in since, and run unquantized."""
-    strangers = [layer for layer in _outside_quantizers(model) if isinstance(layer, LAYERS)]
-    if len(strangers) != len(model.quantization.kept) + len(model.quantization.names):
-        raise TDQError(
-            f"A quantized model must keep its layers; it had {len(model.quantization.kept) + len(model.quantization.names)} conv "
-            f"and linear ones, now {len(strangers)}. Projections that are fused, or an adapter: call restore(model), then "
-            "pipe.fuse_qkv_projections() or pipe.fuse_lora() and pipe.unload_lora_weights(), then quantize."
-        )
-
-
-def _outside_quantizers(model):
-    """All modules, each once, but for those of activation quantizers."""
     seen, todo = set(), [model]
     while todo:
         module = todo.pop()
         if module not in seen and not isinstance(module, (ActivationQuantizer, SplitQuantizer)):
             seen.add(module)
             todo += [child for child in module._modules.values() if child is not None]
-    return seen
+    had, has = len(model.quantization.kept) + len(model.quantization.names), sum(isinstance(m, LAYERS) for m in seen)
+    if had != has:
+        raise TDQError(
+            f"A quantized model must keep its layers; it had {had} conv and linear ones, now {has}. Projections that are fused, "
+            "or an adapter: call restore(model), then pipe.fuse_qkv_projections() or pipe.fuse_lora() and "
+            "pipe.unload_lora_weights(), then quantize."
+        )
 
 
 def checked_state(model: Any) -> Quantization:
@@ -209,8 +199,7 @@ def full_precision(model: nn.Module) -> Iterator[nn.Module]:
     if state is None or state.aside is not None:
         yield model
         return
-    added = _take_off(model)
-    state.aside = added
+    state.aside = added = _take_off(model)
     _swap(model, state.before)
     try:
         yield model
@@ -229,13 +218,10 @@ def _swap(model, others):
 
 
 def freeze(model: nn.Module, scheduler: Any = None, steps: int | None = None, nearest: bool = False) -> None:
-    """Pre-compute all that inference needs: step sizes over t become a table, weights are rounded once.
-
-    The frozen model gives exactly the outputs of the unfrozen one and has no generator left.
+    """Pre-compute all that inference needs: step sizes over t become a table, weights are rounded once; outputs stay.
 
     Args:
-        model: quantized and calibrated.
-        scheduler: decides which t are visited; default: those that calibration saw.
+        model: quantized and calibrated. scheduler: decides which t are visited; default: those that calibration saw.
         steps: sampling steps; default: every t that the scheduler was trained with.
         nearest: let a per-step table answer for steps it was not calibrated for by its nearest t, instead of refusing.
 

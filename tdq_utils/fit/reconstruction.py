@@ -1,17 +1,17 @@
 """Learn on a calibration set: step sizes by the outputs of blocks or of the model, and how weights are rounded."""
 
-from contextlib import contextmanager
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from tdq_utils.denoiser.call import at_times, device_of
 from tdq_utils.errors import TDQError, check
 from tdq_utils.fit.calibration_set import CalibrationSet
 from tdq_utils.fit.layers import QuantizedLayer
+from tdq_utils.fit.loop import descend
 from tdq_utils.fit.quantize import activation_quantizers, checked_state, full_precision, quantized_layers, round_weights
 from tdq_utils.method.generator import StepGenerator
 from tdq_utils.method.step_sizes import LearnedStep, TimeSteps
@@ -25,8 +25,7 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
     """``{name: module}``: the outermost blocks that hold quantized layers; a layer outside of any is its own block."""
     units = {}
     for layer in quantized_layers(model):
-        parts = layer.split(".")
-        ancestors = [".".join(parts[:i]) for i in range(1, len(parts))]
+        ancestors = [layer[:i] for i, letter in enumerate(layer) if letter == "."]
         unit = next((name for name in ancestors if type(model.get_submodule(name)).__name__ in BLOCKS), layer)
         units[unit] = model.get_submodule(unit)
     return units
@@ -48,39 +47,26 @@ def refine(model: nn.Module, data: CalibrationSet, target: str = "block", iterat
     steps = [quantizer.step for quantizer in activation_quantizers(model).values()]
     sources = nn.ModuleList(step for step in steps if isinstance(step, (LearnedStep, StepGenerator)))
     sources.train().requires_grad_()
-    loss = {"block": _block_error, "noise": _noise_error}[target]
-    how = iterations, rate, batch_size, seed, progress
+    error = {"block": _block_error, "noise": _noise_error}[target]
+    loss = lambda batch, i: error(model, batch)  # noqa: E731
     try:
-        return _descend(model, data, loss, list(sources.parameters()), *how, f"refine by {target}")
+        how = iterations, rate, batch_size, seed, progress
+        return _learn(model, data, loss, list(sources.parameters()), f"refine by {target}", *how)
     finally:
         sources.eval()
 
 
-def _descend(model, data, loss, parameters, iterations, rate, batch_size, seed, progress, title, before=None):
-    """Adam on ``loss(model, batch)`` over ``parameters`` alone; ``before(i)`` runs first in iteration i and may add to it."""
+def _learn(model, data, loss, parameters, title, iterations, rate, batch_size, seed, progress):
+    """Descend ``loss(batch, i)`` over ``parameters``, on random batches of ``data``."""
     check("count", iterations=iterations, batch_size=batch_size)
     check("positive", rate=rate)
     if not parameters:
         raise TDQError(f"{title} needs step sizes that learn, or weights on a grid; got none. Call quantize and calibrate first.")
-    losses, device = [], device_of(model)
-    optimizer = torch.optim.Adam(parameters, lr=rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
-    generator = torch.Generator().manual_seed(seed)
+    device, generator = device_of(model), torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for i in tqdm(range(iterations), desc=title, disable=not progress, leave=False):
-            extra = before(i) if before else 0.0
-            error = loss(model, data.draw(batch_size, generator, device)) + extra
-            # Not backward(), which would leave gradients on the model's other parameters, or add to those that are there.
-            gradients = torch.autograd.grad(error, parameters, allow_unused=True)
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            losses.append(error.item())
-    return losses
+        loss_of = lambda i: loss(data.draw(batch_size, generator, device), i)  # noqa: E731
+        return descend(loss_of, parameters, iterations, rate, title, progress)
 
 
 def _noise_error(model, batch):
@@ -94,30 +80,21 @@ def _block_error(model, batch):
     """Mean over blocks of the squared error of the block's output, relative to the variance of that output."""
     x_t, t, condition = batch
     units, seen = blocks(model), {}
-    with full_precision(model), torch.no_grad(), _watching(model, units, seen):
-        model(x_t, t, **condition)
-    with at_times(TimeSteps(t, len(x_t))):  # blocks are called without the model around them
-        errors = [
-            (unit(*args, **kwargs) - expected).square().mean() / expected.var().clamp_min(1e-12)
-            for unit, (args, kwargs, expected) in ((units[name], seen[name]) for name in seen)
-        ]
-    return torch.stack(errors).mean()
-
-
-@contextmanager
-def _watching(model, units, seen):
-    """While open, the arguments and the output of each unit's call land in ``seen``."""
 
     def keep(name, module, args, kwargs, output):
         seen[name] = args, kwargs, output
 
-    # A unit that is a single layer is another module while the model is in full precision.
-    handles = [model.get_submodule(name).register_forward_hook(partial(keep, name), with_kwargs=True) for name in units]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with full_precision(model), torch.no_grad(), ExitStack() as hooks:
+        for name in units:  # a unit that is a single layer is another module while the model is in full precision
+            handle = model.get_submodule(name).register_forward_hook(partial(keep, name), with_kwargs=True)
+            hooks.callback(handle.remove)
+        model(x_t, t, **condition)
+    with at_times(TimeSteps(t, len(x_t))):  # blocks are called without the model around them
+        errors = [
+            (units[name](*args, **kwargs) - expected).square().mean() / expected.var().clamp_min(1e-12)
+            for name, (args, kwargs, expected) in seen.items()
+        ]
+    return torch.stack(errors).mean()
 
 
 class SoftRounding(nn.Module):
@@ -154,28 +131,27 @@ def adaround(model: nn.Module, data: CalibrationSet, iterations: int = 400, rate
              weight: float = 0.01, seed: int = 0, progress: bool = True) -> list[float]:  # fmt: skip
     """Learn whether each weight is rounded up or down, by the outputs of blocks; activations stay in full precision.
 
-    The learned levels stay in the layers as ``levels`` (int8). Returns the loss of each iteration.
-
-    Args:
-        model: quantized, calibrated or not. data: its :class:`tdq_utils.fit.calibration_set.CalibrationSet`.
-        iterations, rate, batch_size, seed: as for :func:`refine`. weight: of the penalty, in the second phase.
+    The learned levels stay in the layers as ``levels`` (int8). Returns the loss of each iteration. Arguments as for
+    :func:`refine`; ``model``: calibrated or not; ``weight``: of the penalty, in the last four fifths of the iterations.
     """
     soft = [(layer, SoftRounding(layer)) for layer in quantized_layers(model).values() if layer.weight_grid is not None]
     activations = {layer: layer.activation for layer in quantized_layers(model).values()}
-    warm, how = iterations // 5, (iterations, rate, batch_size, seed, progress)
+    warm = iterations // 5
 
-    def before(i):
+    def loss(batch, i):
         for layer, rounding in soft:
             layer.rounded = rounding.weight(rounding.h)
+        error = _block_error(model, batch)
         if i < warm:  # first reconstruct, then decide
-            return 0.0
+            return error
         beta = 2 + 18 * (1 - (i - warm) / max(1, iterations - warm))
-        return weight * torch.stack([rounding.penalty(beta) for _, rounding in soft]).mean()
+        return error + weight * torch.stack([rounding.penalty(beta) for _, rounding in soft]).mean()
 
     try:
         for layer in activations:
             layer.activation = None
-        losses = _descend(model, data, _block_error, [rounding.v for _, rounding in soft], *how, "adaround", before)
+        how = iterations, rate, batch_size, seed, progress
+        losses = _learn(model, data, loss, [rounding.v for _, rounding in soft], "adaround", *how)
     finally:
         for layer, activation in activations.items():
             layer.activation, layer.rounded = activation, None

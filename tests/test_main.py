@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tdq_utils as tdq
-from tdq_utils.__main__ import _as_text, main, parser
+from tdq_utils.__main__ import main, parser
 from tdq_utils.lab import reproduce as engine
 from tdq_utils.lab import training
 from tdq_utils.lab.tables import qat, quickstart
@@ -111,10 +111,3 @@ def test_the_picture_shows_every_interval(unet, scheduler, monkeypatch, tmp_path
     assert main(["reproduce", "quickstart", "--steps", "2", "--picture", str(picture)]) == 0
     assert picture.stat().st_size > 10_000
     assert calls[0][2] == [("minmax", 8, 5), ("mse", 8, 5), ("tdq", 8, 5)]
-
-
-def test_a_table_of_a_notebook_is_printed_as_text():
-    page = pd.DataFrame(dict(bits=["W8A5", "W8A6 & so"], fcd=[1.5, 22.25])).style.format({"fcd": "{:.2f}"}).hide().to_html()
-    lines = _as_text(dict(output_type="display_data", data={"text/html": page, "text/plain": "<Styler>"})).splitlines()
-    assert [line.split() for line in lines] == [["bits", "fcd"], ["W8A5", "1.50"], ["W8A6", "&", "so", "22.25"]]
-    assert _as_text(dict(output_type="stream", text="a table\n")) == "a table\n"

@@ -145,8 +145,15 @@ def parser() -> ArgumentParser:
         return sub
 
     command(demo, "runs", model=False)
-    trainings = ((train_unet, "unet"), (train_dit, "dit"), (train_classifier, "classifier"))
-    _training_options(*(command(train, f"runs/{name}", model=False) for train, name in trainings))
+    for train, loops, count in ((train_unet, "iterations", 5400), (train_dit, "iterations", 8000), (train_classifier, "epochs", 8)):
+        sub = command(train, f"runs/{train.__name__.removeprefix('train_')}", model=False)
+        _numbers(sub, **{loops: (count, "of training")}, seed=(0, "of weights and data order"))
+        sub.add_argument("--root", type=Path, help="folder with the full Fashion-MNIST (IDX files)")
+        if loops == "iterations":
+            _numbers(sub, batch=(128, "images an iteration"))
+        if train is train_unet:
+            sub.add_argument("--compile", action="store_true", help="through torch.compile (needs a C++ compiler)")
+            sub.add_argument("--device", default="cpu", help="cpu or cuda")
     _calibrate_options(command(calibrate, "runs/calibrated"))
     _reproduce_options(command(reproduce, "runs/TABLE.csv"))
     _numbers(command(bench, "runs/bench"), repeats=(15, "timed rounds"), images=(64, "a batch"), steps=(5, "of a timed run"))
@@ -157,17 +164,6 @@ def _numbers(sub: Any, **options: tuple[int | None, str]) -> None:
     """Options that are whole numbers: ``name=(default, help)``."""
     for name, (default, what) in options.items():
         sub.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=what)
-
-
-def _training_options(unet: ArgumentParser, dit: ArgumentParser, classifier: ArgumentParser) -> None:
-    for sub in (unet, dit, classifier):
-        _numbers(sub, seed=(0, "of weights and data order"))
-        sub.add_argument("--root", type=Path, help="folder with the full Fashion-MNIST (IDX files)")
-    for sub, iterations in ((unet, 5400), (dit, 8000)):
-        _numbers(sub, iterations=(iterations, "of training"), batch=(128, "images an iteration"))
-    _numbers(classifier, epochs=(8, "of training"))
-    unet.add_argument("--compile", action="store_true", help="through torch.compile (needs a C++ compiler)")
-    unet.add_argument("--device", default="cpu", help="cpu or cuda")
 
 
 def _calibrate_options(sub: ArgumentParser) -> None:

@@ -44,8 +44,7 @@ def load_images(name: str = "fashion-mnist", split: str = "test", root: str | Pa
         root: folder that holds the official IDX files, plain, .gz or .xz; only it is searched.
         download: fetch a missing official file into the cache (``~/.cache/tdq_utils``).
 
-    DataError: unknown name or split, file not found, or contents with a wrong checksum.
-    """
+    DataError: unknown name or split, file not found, or contents with a wrong checksum."""
     if name != "fashion-mnist":
         raise DataError(f"load_images knows 'fashion-mnist'; got {name!r}.")
     if split not in FASHION_MNIST:
@@ -71,8 +70,9 @@ def _read(stem: str, root: str | Path | None, download: bool, sha256: str, offse
     if path is None and download and not stem.startswith("train10k"):  # the subset is this repository's own
         path = _download(folders[-1] / f"{stem}.gz")
     if path is None:
-        raise DataError(f"Fashion-MNIST file {stem}[.gz] was not found in {', '.join(map(str, folders))}. Pass root= with a folder "
-                        "that holds it, install Debian's package dataset-fashion-mnist, or pass download=True.")  # fmt: skip
+        where = ", ".join(map(str, folders))
+        raise DataError(f"Fashion-MNIST file {stem}[.gz] was not found in {where}. Pass root= with a folder that holds it, "
+                        "install Debian's package dataset-fashion-mnist, or pass download=True.")  # fmt: skip
     try:
         raw = UNPACK[path.suffix](path.read_bytes())
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:

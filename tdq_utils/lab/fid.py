@@ -135,8 +135,7 @@ class Statistics:
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """``|mu_a - mu_b|^2 + tr(sigma_a + sigma_b - 2 (sigma_a sigma_b)^(1/2))`` of two Gaussians, float64 (Heusel et al. 2017).
 
-    With features of the shipped classifier: the FCD, not the FID. Biased by about c (1/n_a + 1/n_b): compare only at equal n.
-    """
+    With features of the shipped classifier: the FCD, not the FID. Biased by about c (1/n_a + 1/n_b): compare only at equal n."""
     if a.mu.shape != b.mu.shape:
         raise TDQError(f"Both sets must have the same features; got {len(a.mu)} and {len(b.mu)}. Use one classifier.")
     # The trace of a root is the sum of the roots of the eigenvalues; rounding can leave them slightly negative, or complex.
@@ -147,8 +146,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 def kernel_distance(features: Tensor, reference: Tensor, seed: int = 0) -> tuple[float, float]:
     """``(kernel distance, standard error)`` of two sets of features ``"image feature"`` (KID, Binkowski et al. 2018: unbiased).
 
-    Cubic kernel; the mean over 100 subsets of a tenth of the smaller set, at most 1,000 images; its spread, scaled to the set.
-    """
+    Cubic kernel; the mean over 100 subsets of a tenth of the smaller set, at most 1,000 images; its spread, scaled to the set."""
     size = max(2, min(1000, min(len(features), len(reference)) // 10))
     mean, spread = _measured(KernelInceptionDistance, [(reference, True), (features, False)], seed, subset_size=size)
     return mean, spread * math.sqrt(size / len(features))
@@ -184,8 +182,7 @@ class Distances:
     """All distances of a stream of images to the test images and, pair by pair, to full precision. Keeps features alone.
 
     ``features``: of :func:`feature_extractor`; ``clean``: full-precision images of the same seeds, in the same order, or none;
-    ``kernel``: whether the kernel distance and the inception score are wanted beside the Frechet distance.
-    """
+    ``kernel``: whether the kernel distance and the inception score are wanted beside the Frechet distance."""
 
     def __init__(self, features: str = "classifier", clean: Tensor | None = None, kernel: bool = True) -> None:
         self.name, self.clean, self.kernel, self.extractor = features, clean, kernel, feature_extractor(features)

@@ -111,8 +111,7 @@ class Workbench:
     """Measures one job after the other; keeps what several share. Arguments as for :func:`reproduce`, and:
 
     ``seeds``: of the noise of repeat 0; those of repeat r are ``SEEDS`` times r greater. ``profile``: what calibration sees,
-    instead of sampling. ``keep``: the images of every job, in ``images``, but no kernel distance and no inception score.
-    """
+    instead of sampling. ``keep``: the images of every job, in ``images``, but no kernel distance and no inception score."""
 
     def __init__(self, model: nn.Module, scheduler: SchedulerMixin, seeds: Sequence[int], cache: Path, batch_size: int = 16,
                  features: str = "classifier", engine: str = "eager", progress: bool = True, profile: Profile | None = None,

@@ -33,8 +33,7 @@ def beside(path: Path) -> Iterator[Path]:
 class Table:
     """A CSV and, beside it, the folder ``name.rows`` with a file for each row that was added; rows of the CSV alone stay.
 
-    Nothing is locked: whoever gathers, gathers all. ``keys``: what tells rows apart, of every row wanted, in the CSV's order.
-    """
+    Nothing is locked: whoever gathers, gathers all. ``keys``: what tells rows apart, of every row wanted, in the CSV's order."""
 
     def __init__(self, path: str | Path, keys: Sequence[Row]) -> None:
         self.path, self.folder, self.key = Path(path), Path(path).with_suffix(".rows"), tuple(keys[0])
@@ -50,8 +49,7 @@ class Table:
     def begin(self, name: str) -> Path | None:
         """A mark that work of this name has begun, to be removed at its end; ``None`` if there is one already.
 
-        Only advice to take other work first: it can be that of a process that was killed.
-        """
+        Only advice to take other work first: it can be that of a process that was killed."""
         mark = self._file([name], ".begun")
         try:
             mark.touch(exist_ok=False)

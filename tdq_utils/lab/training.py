@@ -47,8 +47,7 @@ def train_unet(out: str | Path, iterations: int = 5400, batch: int = 128, seed: 
         out: folder for ``state.pt`` (resume) and ``model/`` (EMA weights in diffusers' layout, ``loss.csv``), which is returned.
         iterations: optimizer steps. batch: images a step. seed: of weights, data order and noise.
         ema_decay: of the exponential moving average of the weights. root: as in :func:`tdq_utils.lab.datasets.load_images`.
-        compiled: run the residual blocks through ``torch.compile``, after a check of their gradients. device: cpu or cuda.
-    """
+        compiled: run the residual blocks through ``torch.compile``, after a check of their gradients. device: cpu or cuda."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     images = load_images(split="train", root=root).to(device)
@@ -70,8 +69,7 @@ def compile_blocks(model: nn.Module, loss: Callable[[], torch.Tensor]) -> None:
     """Compile the residual blocks of ``model`` in place. TDQError: a gradient of ``loss()``, the same scalar each time, changes.
 
     Block by block, because torch 2.13 compiles the whole model to a backward pass on the CPU in which most convolution weights
-    silently get gradient zero: the loss still falls, to 0.042 instead of below 0.04.
-    """
+    silently get gradient zero: the loss still falls, to 0.042 instead of below 0.04."""
     eager = _gradients(model, loss)
     torch._dynamo.config.recompile_limit = 64  # one variant for each shape of block
     for block in model.modules():
@@ -110,8 +108,7 @@ def train_classifier(out: str | Path, epochs: int = 8, batch: int = 128, seed: i
     """Train the feature classifier on the 60,000 training images; return its accuracy on the 10,000 test images.
 
     AdamW with a one-cycle rate (peak 3e-3), random horizontal flips, label smoothing 0.05. ``out``: folder for
-    ``model.safetensors``, ``metrics.json`` and ``fashion-mnist-test.npz``; ``root``: as for ``load_images``.
-    """
+    ``model.safetensors``, ``metrics.json`` and ``fashion-mnist-test.npz``; ``root``: as for ``load_images``."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     images, labels = load_images(split="train", root=root, labels=True)

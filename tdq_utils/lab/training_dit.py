@@ -24,8 +24,7 @@ def flow_matching_loss(model: nn.Module, images: torch.Tensor, labels: torch.Ten
                        generator: torch.Generator) -> torch.Tensor:  # fmt: skip
     """Rectified flow: ``x_t = (1 - sigma) x_0 + sigma eps``, the model predicts ``eps - x_0`` at ``t = 1000 sigma``.
 
-    sigma is logit-normal (Esser et al. 2024); images are flipped and labels dropped at random; the model runs in bfloat16.
-    """
+    sigma is logit-normal (Esser et al. 2024); images are flipped and labels dropped at random; the model runs in bfloat16."""
     pick = torch.randint(len(images), (batch,), generator=generator)
     sigma = torch.randn(batch, generator=generator).sigmoid()
     eps = torch.randn(batch, *images.shape[1:], generator=generator)
@@ -44,8 +43,7 @@ def train_dit(out: str | Path, iterations: int = 8000, batch: int = 128, seed: i
     """Train the shipped transformer on the 60,000 labelled training images; resume if ``out`` holds a run.
 
     As :func:`tdq_utils.lab.training.train_unet`, which explains the arguments, but for the loss and the model. The folder
-    that is returned has no autoencoder: read it with ``DiTPipeline.from_pretrained(folder, vae=None)``.
-    """
+    that is returned has no autoencoder: read it with ``DiTPipeline.from_pretrained(folder, vae=None)``."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     images, labels = load_images(split="train", root=root, labels=True)

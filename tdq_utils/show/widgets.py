@@ -32,10 +32,8 @@ def frames(draw: Callable[..., FigureBase], values: Iterable, label: str = "t") 
 
 
 def live(draw: Callable[..., FigureBase], **controls: w.ValueWidget) -> w.VBox:
-    """A panel redrawn by the kernel whenever a control moves; ``draw`` takes their values by name.
-
-    Its attributes ``picture`` and ``controls`` are for tests.
-    """
+    """A panel redrawn by the kernel when a control moves; ``draw`` takes their values by name. For tests: its ``picture`` and
+    ``controls``."""
     picture = w.Image(format="png", layout=w.Layout(align_self="flex-start"))  # as large as it is
 
     def redraw(change: object = None) -> None:

@@ -36,8 +36,7 @@ class QatJob(Job):
     Attributes:
         iterations: of training, by a ``method`` of ``FINETUNED`` or "fine-tuned", in full precision; 0: calibration alone.
         batch, step_rate, generator_rate, split_skips: as for :func:`tdq_utils.fit.finetuning.finetune`, or 0.
-        calibrated_steps: of the trajectories that calibration, which training starts from, sees.
-    """
+        calibrated_steps: of the trajectories that calibration, which training starts from, sees."""
 
     iterations: int = 600
     batch: int = 64
@@ -118,8 +117,7 @@ def default_trainings(table: pd.DataFrame) -> pd.Series:
 def add_losses(path: str | Path, jobs: Iterable[QatJob], cache: str | Path, model: nn.Module, every: int = 20) -> None:
     """Write the losses that the trainings of ``model`` among ``jobs`` left in ``cache`` into a CSV; others that it holds stay.
 
-    Columns: ``TOLD_APART``, ``iteration`` (the last of ``every``), ``loss`` (the mean of these). No trainings, no file.
-    """
+    Columns: ``TOLD_APART``, ``iteration`` (the last of ``every``), ``loss`` (the mean of these). No trainings, no file."""
     known = [pd.read_csv(path)] if Path(path).exists() else []
     for folder, job in {job.folder(cache, model): job for job in jobs if job.iterations}.items():
         if (folder / "loss.csv").exists():

@@ -145,7 +145,8 @@ def parser() -> ArgumentParser:
         return sub
 
     command(demo, "runs", model=False)
-    for train, loops, count in ((train_unet, "iterations", 5400), (train_dit, "iterations", 8000), (train_classifier, "epochs", 8)):
+    loops_of = {train_unet: ("iterations", 5400), train_dit: ("iterations", 8000), train_classifier: ("epochs", 8)}
+    for train, (loops, count) in loops_of.items():
         sub = command(train, f"runs/{train.__name__.removeprefix('train_')}", model=False)
         _numbers(sub, **{loops: (count, "of training")}, seed=(0, "of weights and data order"))
         sub.add_argument("--root", type=Path, help="folder with the full Fashion-MNIST (IDX files)")

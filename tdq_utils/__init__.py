@@ -1,4 +1,5 @@
 """Temporal Dynamic Quantization of diffusion models: profile, quantize, calibrate, compare."""
+# ruff: noqa: F401
 
 import importlib
 from typing import Any
@@ -12,15 +13,7 @@ from tdq_utils.fit.calibration import calibrate
 from tdq_utils.fit.calibration_set import CalibrationSet
 from tdq_utils.fit.choice import kept_layers
 from tdq_utils.fit.finetuning import finetune
-from tdq_utils.fit.quantize import (
-    METHODS,
-    activation_quantizers,
-    freeze,
-    full_precision,
-    quantize,
-    quantized_layers,
-    restore,
-)
+from tdq_utils.fit.quantize import METHODS, activation_quantizers, freeze, full_precision, quantize, quantized_layers, restore
 from tdq_utils.method.generator import FourierFeatures, RawTime, StepGenerator
 from tdq_utils.method.grid import Grid, fake_quantize, mse_step, squared_error
 from tdq_utils.method.rules import RULES
@@ -28,57 +21,15 @@ from tdq_utils.method.step_sizes import StaticStep
 from tdq_utils.run.integer import to_integer
 from tdq_utils.run.storage import load_quantized, save_quantized
 
-# What needs torchmetrics, onnx, matplotlib or pandas is imported when it is first used.
+# What needs torchmetrics, onnx, matplotlib or pandas is imported when it is first used: name, or name:module, by wing.
 _HEAVY = {
-    "lab": ["bench", "compare:tables.quickstart", "fid", "load_images:datasets", "reproduce", "tables"],
-    "run": ["onnx"],
-    "show": [
-        "NAMES:names",
-        "headline:tables",
-        "plots",
-        "profile_plots",
-        "result_plots",
-        "significant:tables",
-        "styled:tables",
-        "widgets",
-    ],
+    "lab": "bench compare:tables.quickstart fid load_images:datasets reproduce tables",
+    "run": "onnx",
+    "show": "NAMES:names headline:tables plots profile_plots result_plots significant:tables styled:tables widgets",
 }
-_HOMES = {name: (wing, *home) for wing, names in _HEAVY.items() for name, *home in (entry.split(":") for entry in names)}
-
-__all__ = [
-    "METHODS",
-    "RULES",
-    "CalibrationSet",
-    "DataError",
-    "FourierFeatures",
-    "Grid",
-    "Profile",
-    "RawTime",
-    "StaticStep",
-    "StepGenerator",
-    "TDQError",
-    "activation_quantizers",
-    "calibrate",
-    "fake_quantize",
-    "finetune",
-    "freeze",
-    "full_precision",
-    "kept_layers",
-    "load_model",
-    "load_quantized",
-    "mse_step",
-    "noise",
-    "profile_activations",
-    "quantize",
-    "quantized_layers",
-    "restore",
-    "sample",
-    "save_quantized",
-    "squared_error",
-    "timesteps",
-    "to_integer",
-    *_HOMES,
-]
+_HOMES = {name: (wing, *home) for wing, names in _HEAVY.items() for name, *home in (entry.split(":") for entry in names.split())}
+_IMPORTED = [name for name, value in globals().items() if getattr(value, "__module__", "").startswith(__name__)]
+__all__ = ["METHODS", "RULES", *_IMPORTED, *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

@@ -38,8 +38,8 @@ def train_unet(args: Namespace) -> None:
     """Train the shipped denoiser."""
     from tdq_utils.lab.training import train_unet as train
 
-    folder = train(args.out, args.iterations, args.batch, args.seed, root=args.root, compiled=args.compile, device=args.device)
-    print(f"EMA weights: {folder}")
+    how = dict(root=args.root, compiled=args.compile, device=args.device)
+    print(f"EMA weights: {train(args.out, args.iterations, args.batch, args.seed, **how)}")
 
 
 def train_dit(args: Namespace) -> None:
@@ -146,34 +146,32 @@ def parser() -> ArgumentParser:
         return sub
 
     command(demo, "runs", model=False)
-    trainings = ((train_unet, "unet"), (train_dit, "dit"), (train_classifier, "classifier"))
-    _training_options(*(command(train, f"runs/{name}", model=False) for train, name in trainings))
+    loops_of = {train_unet: ("iterations", 5400), train_dit: ("iterations", 8000), train_classifier: ("epochs", 8)}
+    for train, (loops, count) in loops_of.items():
+        sub = command(train, f"runs/{train.__name__.removeprefix('train_')}", model=False)
+        _numbers(sub, **{loops: (count, "of training")}, seed=(0, "of weights and data order"))
+        sub.add_argument("--root", type=Path, help="folder with the full Fashion-MNIST (IDX files)")
+        if loops == "iterations":
+            _numbers(sub, batch=(128, "images an iteration"))
+        if train is train_unet:
+            sub.add_argument("--compile", action="store_true", help="through torch.compile (needs a C++ compiler)")
+            sub.add_argument("--device", default="cpu", help="cpu or cuda")
     _calibrate_options(command(calibrate, "runs/calibrated"))
     _reproduce_options(command(reproduce, "runs/TABLE.csv"))
-    sub = command(bench, "runs/bench")
-    for name, default, what in (("repeats", 15, "timed rounds"), ("images", 64, "a batch"), ("steps", 5, "of a timed run")):
-        sub.add_argument(f"--{name}", type=int, default=default, help=what)
+    _numbers(command(bench, "runs/bench"), repeats=(15, "timed rounds"), images=(64, "a batch"), steps=(5, "of a timed run"))
     return top
 
 
-def _training_options(unet: ArgumentParser, dit: ArgumentParser, classifier: ArgumentParser) -> None:
-    for sub, steps, default in ((unet, "iterations", 5400), (dit, "iterations", 8000), (classifier, "epochs", 8)):
-        sub.add_argument(f"--{steps}", type=int, default=default, help=f"{steps} of training")
-        sub.add_argument("--seed", type=int, default=0, help="of weights and data order")
-        sub.add_argument("--root", type=Path, help="folder with the full Fashion-MNIST (IDX files)")
-    for sub in (unet, dit):
-        sub.add_argument("--batch", type=int, default=128, help="images an iteration")
-    unet.add_argument("--compile", action="store_true", help="through torch.compile (needs a C++ compiler)")
-    unet.add_argument("--device", default="cpu", help="cpu or cuda")
+def _numbers(sub: Any, **options: tuple[int | None, str]) -> None:
+    """Options that are whole numbers: ``name=(default, help)``."""
+    for name, (default, what) in options.items():
+        sub.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=what)
 
 
 def _calibrate_options(sub: ArgumentParser) -> None:
     sub.add_argument("--method", default="tdq", help="how step sizes are chosen: one of calibrate's methods")
-    for bits in ("weights", "activations"):
-        sub.add_argument(f"--{bits}", type=int, default=8, help="bits")
-    sub.add_argument("--images", type=int, default=32, help="trajectories that calibration sees")
-    sub.add_argument("--first-seed", type=int, default=10_000, help="of the trajectories")
-    sub.add_argument("--steps", type=int, default=20, help="sampling steps of a trajectory")
+    _numbers(sub, weights=(8, "bits"), activations=(8, "bits"), images=(32, "trajectories that calibration sees"),
+             first_seed=(10_000, "of the trajectories"), steps=(20, "sampling steps of a trajectory"))  # fmt: skip
     sub.add_argument("--reconstruct", default="input", help="input, block or noise: the error that learned step sizes descend")
     sub.add_argument("--split-skips", action="store_true", help="quantize the halves of concatenated skip inputs apart")
     sub.add_argument("--weights-method", help="adaround: learn how each weight is rounded (default: to the nearest level)")
@@ -184,18 +182,22 @@ def _reproduce_options(sub: ArgumentParser) -> None:
                      help="a few intervals; post-training; training; ablations of TDQ; short trials of training")  # fmt: skip
     sub.add_argument("--cache", type=Path, help="folder for full-precision images and trainings (default: beside the CSV)")
     sub.add_argument("--quick", action="store_true", help="few bits, once, 128 images, 10 steps: minutes")
-    sub.add_argument("--images", type=int, help="a row (default: 1000, quickstart and trials 256, quick 128)")
-    sub.add_argument("--steps", type=int, help="sampling steps (default: 20, quick 10)")
-    sub.add_argument("--iterations", type=int, help="of training (default: qat 600, quick 30; trials 150)")
+    _numbers(sub, images=(None, "a row (default: 1000, quickstart and trials 256, quick 128)"),
+             steps=(None, "sampling steps (default: 20, quick 10)"), batch_size=(16, "images at a time; hundreds on a GPU"),
+             iterations=(None, "of training (default: qat 600, quick 30; trials 150)"))  # fmt: skip
     sub.add_argument("--features", default="classifier", help="classifier (FCD) or inception (FID; needs the extra of that name)")
-    sub.add_argument("--batch-size", type=int, default=16, help="images at a time; hundreds on a GPU")
     sub.add_argument("--engine", default="eager", help="eager, compiled: simulation; integer: int8; the last two need g++")
     sub.add_argument("--mix-threads", action="store_true", help="add to rows of another number of threads")
     few = sub.add_argument_group("quickstart")
     few.add_argument("--methods", nargs="*", help="how step sizes are chosen (default: minmax, mse, learned, table, tdq)")
+<<<<<<< HEAD
     few.add_argument("--weights", type=int, help="bits (default: 8)")
     few.add_argument("--activations", type=int, nargs="+", help="bits (default: 5 6)")
+=======
+    few.add_argument("--activations", type=int, nargs="+", default=[5, 6], help="bits")
+>>>>>>> c-lab
     few.add_argument("--picture", type=Path, help="also draw drift and rescue, at the fewest bits")
+    _numbers(few, weights=(8, "bits"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -53,10 +53,8 @@ def time_rounds(variants: Mapping[str, Callable[[], Any]], repeats: int = 5, pro
 
 
 def ratios(seconds: dict[str, list[float]], to: str | None = None) -> pd.DataFrame:
-    """Compare the seconds of each round with those of the baseline ``to``; default: the first.
-
-    Columns ``variant``, ``seconds`` (median), ``ratio`` (median over rounds), ``ratio_min``, ``ratio_max``.
-    """
+    """Each round's seconds over those of ``to`` (default: the first): ``variant``, ``seconds``, ``ratio`` (medians over rounds),
+    ``ratio_min``, ``ratio_max``."""
     rounds = pd.DataFrame(seconds)
     ratio = rounds.div(rounds[to or rounds.columns[0]], axis=0)
     frame = dict(seconds=rounds.median(), ratio=ratio.median(), ratio_min=ratio.min(), ratio_max=ratio.max())
@@ -101,19 +99,15 @@ def integer_variants(model: nn.Module, scheduler: SchedulerMixin, steps: int) ->
     static, tdq = (_calibrated(model, scheduler, method, steps) for method in ("mse", "tdq"))
     frozen = copy.deepcopy(tdq)
     freeze(frozen, scheduler, steps)
-    variants = {
-        "fp32, eager": model,
-        "fp32, compiled": Compiled(copy.deepcopy(model)),
-        "int8, static": to_integer(static, scheduler, steps),
-        "int8, TDQ table": to_integer(tdq, scheduler, steps),
+    dynamic = {over: _calibrated(model, scheduler, method, steps) for method, over in DYNAMIC.items()}
+    return {
+        "fp32, eager": model, "fp32, compiled": Compiled(copy.deepcopy(model)),
+        "int8, static": to_integer(static, scheduler, steps), "int8, TDQ table": to_integer(tdq, scheduler, steps),
         "int8, TDQ generators on the path": generator_runner(tdq, scheduler, steps),
-        "simulated, TDQ table, eager": frozen,
-        "simulated, TDQ table, compiled": Runner(tdq, scheduler, steps),
+        "simulated, TDQ table, eager": frozen, "simulated, TDQ table, compiled": Runner(tdq, scheduler, steps),
         **_peers(frozen, scheduler, steps),
-    }
-    for method, over in DYNAMIC.items():
-        variants[f"int8, dynamic per {over}"] = to_integer(_calibrated(model, scheduler, method, steps), scheduler, steps)
-    return variants
+        **{f"int8, dynamic per {over}": to_integer(quantized, scheduler, steps) for over, quantized in dynamic.items()},
+    }  # fmt: skip
 
 
 def _peers(model: nn.Module, scheduler: SchedulerMixin, steps: int) -> dict[str, nn.Module]:
@@ -133,9 +127,7 @@ def bench_integer(variants: dict[str, nn.Module], scheduler: SchedulerMixin, ima
                   progress: bool = True) -> pd.DataFrame:  # fmt: skip
     """End-to-end sampling of one batch by :func:`integer_variants`; every variant in every round, after one that compiles.
 
-    The frame of :func:`ratios` with a column ``baseline``: every variant to "fp32, eager", again to "fp32, compiled", and those
-    of integers again to "int8, static".
-    """
+    :func:`ratios`, ``baseline``: all to "fp32, eager", all to "fp32, compiled", those of integers to "int8, static"."""
     runs = {k: partial(sample, model, scheduler, range(images), steps, images, progress=False) for k, model in variants.items()}
     seconds = time_rounds(runs, repeats, progress)
     compared = {"fp32, eager": seconds, "fp32, compiled": seconds}
@@ -146,11 +138,9 @@ def bench_integer(variants: dict[str, nn.Module], scheduler: SchedulerMixin, ima
 
 def where_time_goes(models: dict[str, nn.Module], table: pd.DataFrame, scheduler: SchedulerMixin,
                     images: int = 64, steps: int = 5) -> pd.DataFrame:  # fmt: skip
-    """Processor time of sampling one batch by kind of work, as the profiler sees it.
+    """Processor time of sampling one batch: ``variant``, ``kind`` of work, ``share`` by the profiler, and ``seconds``.
 
-    ``models``: by label; what compiles has compiled. ``table``: of :func:`bench_integer`, their seconds without the profiler.
-    Columns ``variant``, ``kind``, ``share`` of that variant's time, and ``seconds``.
-    """
+    ``models``: by label; what compiles has compiled. ``table``: of :func:`bench_integer`, their seconds without the profiler."""
     rows, seconds = [], table.groupby("variant").seconds.first()
     for label, model in models.items():
         with profile(activities=[ProfilerActivity.CPU]) as seen:
@@ -183,12 +173,10 @@ def stored_bytes(model: nn.Module, packed: bool = True) -> int:
 
 
 def memory(model: nn.Module, scheduler: SchedulerMixin, runner: IntegerRunner, images: int = 64, steps: int = 5) -> pd.DataFrame:
-    """Weights and working memory of a model in floats and as integers, with 8 and with 4 bits a weight.
+    """Weights and working memory, 8 and 4 bits a weight: ``what``, ``fp32`` and ``integer`` in bytes, ``ratio``.
 
-    ``runner``: W8A8 integers of it, compiled or not. Columns ``what``, ``fp32`` and ``integer`` in bytes, ``ratio``. Weights are
-    those of the quantized layers, with their step sizes; the peak is that of all tensors beside the weights, in a trajectory
-    of one batch, of the eager full-precision model and of the runner.
-    """
+    ``runner``: W8A8 integers of the model, compiled or not. Weights: of quantized layers, with their step sizes; peak: of all
+    tensors beside the weights, in a trajectory of one batch, of the eager full-precision model and of the runner."""
     batch = scheduler, range(images), steps, images
 
     def weights(bits: int) -> list[tuple]:

@@ -21,8 +21,7 @@ from tdq_utils.lab.results import beside
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
 OFFICIAL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"  # as named in its README
 
-# split -> (file stem, images, sha256 of the decompressed images, of the decompressed labels).
-# The checksums are of the contents, so that plain and compressed copies all pass.
+# split -> (file stem, images, sha256 of the images, of the labels: both decompressed, so that all kinds of copies pass).
 FASHION_MNIST = {
     "test": ("t10k", 10_000, "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
              "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"),
@@ -31,8 +30,7 @@ FASHION_MNIST = {
     "train": ("train", 60_000, "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
               "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"),
 }  # fmt: skip
-# By what a file's name ends with.
-UNPACK: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.decompress, ".xz": lzma.decompress, "": bytes}
+UNPACK: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.decompress, ".xz": lzma.decompress, "": bytes}  # by ending
 
 
 def load_images(name: str = "fashion-mnist", split: str = "test", root: str | Path | None = None, download: bool = False,
@@ -46,9 +44,7 @@ def load_images(name: str = "fashion-mnist", split: str = "test", root: str | Pa
         root: folder that holds the official IDX files, plain, .gz or .xz; only it is searched.
         download: fetch a missing official file into the cache (``~/.cache/tdq_utils``).
 
-    Raises:
-        DataError: unknown name or split, file not found, or contents with a wrong checksum.
-    """
+    DataError: unknown name or split, file not found, or contents with a wrong checksum."""
     if name != "fashion-mnist":
         raise DataError(f"load_images knows 'fashion-mnist'; got {name!r}.")
     if split not in FASHION_MNIST:
@@ -74,10 +70,9 @@ def _read(stem: str, root: str | Path | None, download: bool, sha256: str, offse
     if path is None and download and not stem.startswith("train10k"):  # the subset is this repository's own
         path = _download(folders[-1] / f"{stem}.gz")
     if path is None:
-        raise DataError(
-            f"Fashion-MNIST file {stem}[.gz] was not found in {', '.join(map(str, folders))}. Pass root= with a folder that "
-            "holds it, install Debian's package dataset-fashion-mnist, or pass download=True."
-        )
+        where = ", ".join(map(str, folders))
+        raise DataError(f"Fashion-MNIST file {stem}[.gz] was not found in {where}. Pass root= with a folder that holds it, "
+                        "install Debian's package dataset-fashion-mnist, or pass download=True.")  # fmt: skip
     try:
         raw = UNPACK[path.suffix](path.read_bytes())
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:

@@ -32,11 +32,8 @@ class FeatureClassifier(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            *_block(1, 32), *_block(32, 32), nn.MaxPool2d(2),
-            *_block(32, 64), *_block(64, 64), nn.MaxPool2d(2),
-            *_block(64, 64), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        )  # fmt: skip
+        halves = *_block(1, 32), *_block(32, 32), nn.MaxPool2d(2), *_block(32, 64), *_block(64, 64), nn.MaxPool2d(2)
+        self.body = nn.Sequential(*halves, *_block(64, 64), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(self.num_features, 10)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -58,12 +55,12 @@ def _block(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
 
 def load_classifier(folder: str | Path = CLASSIFIER) -> FeatureClassifier:
     """The shipped :class:`FeatureClassifier`, in eval mode. DataError: its file is missing or damaged."""
-    path, classifier = Path(folder) / "model.safetensors", FeatureClassifier()
+    path = Path(folder) / "model.safetensors"
+    classifier = FeatureClassifier().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     try:
         classifier.load_state_dict(load_file(path))
     except Exception as error:
         raise DataError(f"{path} must hold the classifier; run python -m tdq_utils train-classifier. ({error})") from error
-    classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return classifier.eval().requires_grad_(False)
 
 
@@ -77,8 +74,8 @@ class InceptionFeatures(nn.Module):
         try:
             self.net = NoTrainInceptionV3("inception-v3-compat", ["2048"])
         except (ModuleNotFoundError, OSError) as error:
-            way = "run pip install 'tdq-utils[inception]', or use features='classifier'"
-            raise TDQError(f"features='inception' needs torch-fidelity and, once, the network ({error}); {way}.") from error
+            raise TDQError(f"features='inception' needs torch-fidelity and, once, the network ({error}); run pip install "
+                           "'tdq-utils[inception]', or use features='classifier'.") from error  # fmt: skip
 
     def forward(self, images: Tensor) -> Tensor:
         """Features ``"image 2048"``; one channel is shown as grey."""
@@ -102,9 +99,8 @@ def feature_extractor(features: str = "classifier") -> FeatureClassifier | Incep
 @torch.no_grad()
 def extract_features(images: Tensor, classifier: Callable[[Tensor], Tensor] | None = None, batch_size: int = 500) -> Tensor:
     """Features ``"image feature"`` float64 (default: the shipped classifier's) of images in [-1, 1], rounded to 8 bits first."""
-    classifier = classifier or load_classifier()
-    images = to_uint8(images).float().div_(127.5).sub_(1)
-    return torch.cat([classifier(part).double() for part in images.split(batch_size)])
+    classifier, parts = classifier or load_classifier(), to_uint8(images).float().div_(127.5).sub_(1).split(batch_size)
+    return torch.cat([classifier(part).double() for part in parts])
 
 
 class Statistics:
@@ -137,11 +133,9 @@ class Statistics:
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """Frechet distance of two Gaussians given by :class:`Statistics`, in float64.
+    """``|mu_a - mu_b|^2 + tr(sigma_a + sigma_b - 2 (sigma_a sigma_b)^(1/2))`` of two Gaussians, float64 (Heusel et al. 2017).
 
-    ``|mu_a - mu_b|^2 + tr(sigma_a + sigma_b - 2 (sigma_a sigma_b)^(1/2))`` (Heusel et al. 2017). With features of
-    the shipped classifier this is the FCD, not the FID. It is biased by about c (1/n_a + 1/n_b): compare only at equal n.
-    """
+    With features of the shipped classifier: the FCD, not the FID. Biased by about c (1/n_a + 1/n_b): compare only at equal n."""
     if a.mu.shape != b.mu.shape:
         raise TDQError(f"Both sets must have the same features; got {len(a.mu)} and {len(b.mu)}. Use one classifier.")
     # The trace of a root is the sum of the roots of the eigenvalues; rounding can leave them slightly negative, or complex.
@@ -152,8 +146,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 def kernel_distance(features: Tensor, reference: Tensor, seed: int = 0) -> tuple[float, float]:
     """``(kernel distance, standard error)`` of two sets of features ``"image feature"`` (KID, Binkowski et al. 2018: unbiased).
 
-    Cubic kernel; the mean over 100 subsets of a tenth of the smaller set, at most 1,000 images; its spread, scaled to the set.
-    """
+    Cubic kernel; the mean over 100 subsets of a tenth of the smaller set, at most 1,000 images; its spread, scaled to the set."""
     size = max(2, min(1000, min(len(features), len(reference)) // 10))
     mean, spread = _measured(KernelInceptionDistance, [(reference, True), (features, False)], seed, subset_size=size)
     return mean, spread * math.sqrt(size / len(features))
@@ -166,7 +159,7 @@ def inception_score(scores: Tensor, seed: int = 0) -> tuple[float, float]:
 
 def _measured(kind: type[Metric], updates: list[tuple], seed: int, **options: Any) -> tuple[float, float]:
     """Mean and spread by a metric of torchmetrics, of features that are there already."""
-    extractor = nn.Identity()
+    extractor: Any = nn.Identity()
     extractor.num_features = updates[0][0].shape[1]
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", UserWarning)  # "will save all extracted features": 64 numbers an image
@@ -186,14 +179,10 @@ def reference_features(features: str = "classifier") -> Tensor:
 
 
 class Distances:
-    """All distances of a stream of images to the test images and, pair by pair, to full precision.
+    """All distances of a stream of images to the test images and, pair by pair, to full precision. Keeps features alone.
 
-    Images are not kept: 64 numbers an image are (2,048 with Inception's features).
-
-    Args:
-        features: of :func:`feature_extractor`. clean: full-precision images of the same seeds, in the same order, or none.
-        kernel: whether the kernel distance and the inception score are wanted beside the Frechet distance.
-    """
+    ``features``: of :func:`feature_extractor`; ``clean``: full-precision images of the same seeds, in the same order, or none;
+    ``kernel``: whether the kernel distance and the inception score are wanted beside the Frechet distance."""
 
     def __init__(self, features: str = "classifier", clean: Tensor | None = None, kernel: bool = True) -> None:
         self.name, self.clean, self.kernel, self.extractor = features, clean, kernel, feature_extractor(features)
@@ -210,8 +199,7 @@ class Distances:
     @torch.no_grad()
     def compute(self) -> dict[str, float]:
         """By name: ``fcd`` (or ``fid``); ``kid``, ``kid_se`` (standard error) and ``inception_score``; and, with pairs, ``mse``,
-        ``mse_se`` and ``psnr`` (dB) of pixels. TDQError: not more images than features.
-        """
+        ``mse_se`` and ``psnr`` (dB) of pixels. TDQError: not more images than features."""
         features = torch.cat(self.features)
         statistics = Statistics.load() if self.name == "classifier" else Statistics.of(reference_features(self.name))
         found = {self.frechet: frechet_distance(Statistics.of(features), statistics)}

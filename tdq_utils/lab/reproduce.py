@@ -39,9 +39,8 @@ def reproduce(jobs: Sequence[Job], model: nn.Module, scheduler: SchedulerMixin, 
               mix_threads: bool = False, progress: bool = True) -> pd.DataFrame:  # fmt: skip
     """Measure the jobs that ``out`` does not hold yet; return all its rows.
 
-    Any number of processes, on machines that share a folder, can work on one table at once: each takes the next job whose
-    row is not there. Under ``accelerate launch`` (GPUs) or ``torchrun`` (CPUs) the jobs are dealt out. Several give the rows
-    of one if each has as many threads as that one: rounding turns the last bit of a sum into a level of the grid.
+    Any number of processes, on machines that share a folder, can work on one table: each takes the next job whose row is not
+    there; under ``accelerate launch`` (GPUs) or ``torchrun`` (CPUs) jobs are dealt out. Rows are the same if threads are as many.
 
     Args:
         jobs: all of one class. model, scheduler: in full precision. out: CSV, kept as :class:`tdq_utils.lab.results.Table` does.
@@ -52,13 +51,10 @@ def reproduce(jobs: Sequence[Job], model: nn.Module, scheduler: SchedulerMixin, 
             kernels (but simulated where halves of inputs are quantized apart). The last two compile once for all rows.
         mix_threads: add to rows that were measured with another number of threads. progress: show bars.
 
-    Raises:
-        TDQError: rows in ``out`` with another protocol or number of threads, no more images than features, an unknown
-            engine, seeds that are calibrated on and evaluated. DataError: a damaged ``out``, or a damaged row of it.
+    TDQError: as :meth:`Workbench.check`; rows in ``out`` of another protocol or number of threads. DataError: damage to ``out``.
     """
-    state = processes()
-    where = Path(cache or Path(out).parent / "cache")
-    bench = Workbench(model, scheduler, range(images), where, batch_size, features, engine, progress)
+    state, cache = processes(), Path(cache or Path(out).parent / "cache")
+    bench = Workbench(model, scheduler, range(images), cache, batch_size, features, engine, progress)
     bench.check(jobs)
     table = Table(out, [asdict(job) for job in jobs])
     protocol = dict(images=images, sampler="DDIM", model=fingerprint(model), features=features)
@@ -107,21 +103,15 @@ def _check_rows(rows: Iterable[Row], protocol: Row, steps: set[int], out: str | 
         for name, value in {**protocol, "steps": row["steps"] if row["steps"] in steps else min(steps)}.items():
             if str(row[name]) != str(value):
                 way = f"Set OMP_NUM_THREADS={row[name]}, pass --mix-threads, or write" if name == "threads" else "Write"
-                raise TDQError(
-                    f"All rows of a table must share images, steps, model, features and threads; {out} holds {name} = "
-                    f"{row[name]}, this run has {value}. {way} to another --out."
-                )
+                raise TDQError(f"All rows of a table must share images, steps, model, features and threads; {out} holds {name} = "
+                               f"{row[name]}, this run has {value}. {way} to another --out.")  # fmt: skip
 
 
 class Workbench:
-    """Measures one job after the other; keeps what several share.
+    """Measures one job after the other; keeps what several share. Arguments as for :func:`reproduce`, and:
 
-    Args:
-        model, scheduler, cache, batch_size, features, engine, progress: as for :func:`reproduce`.
-        seeds: of the noise of repeat 0; those of repeat r are ``SEEDS`` times r greater.
-        profile: what calibration sees, to use instead of sampling trajectories.
-        keep: the images of every job, in ``images``; the kernel distance and the inception score are then left out.
-    """
+    ``seeds``: of the noise of repeat 0; those of repeat r are ``SEEDS`` times r greater. ``profile``: what calibration sees,
+    instead of sampling. ``keep``: the images of every job, in ``images``, but no kernel distance and no inception score."""
 
     def __init__(self, model: nn.Module, scheduler: SchedulerMixin, seeds: Sequence[int], cache: Path, batch_size: int = 16,
                  features: str = "classifier", engine: str = "eager", progress: bool = True, profile: Profile | None = None,
@@ -148,10 +138,8 @@ class Workbench:
         clean = None if real else self._clean(job)
         distances = Distances(self.features, clean, not self.keep)
         try:
-            if clean is None:
-                batches = self._real(job)
-            elif job.method == "full precision":
-                batches = clean.split(500)
+            if clean is None or job.method == "full precision":
+                batches = self._real(job) if clean is None else clean.split(500)
             else:
                 ready, folder = time.perf_counter(), job.folder(self.cache, self.model)
                 further = job.prepare(self.model, self.scheduler, partial(self._calibration, job), folder, self.progress)
@@ -166,9 +154,9 @@ class Workbench:
         columns = (distances.frechet, "kid", "kid_se", "inception_score", "mse", "mse_se", "psnr")
         found = dict.fromkeys(columns, np.nan) | distances.compute() | further
         seconds = dict(calibration_seconds=round(calibration, 1), seconds=round(time.perf_counter() - start, 1))
-        how = dict(threads=torch.get_num_threads(), batch_size=self.batch_size, engine=self._engine(job),
-                   device=next(self.model.parameters()).device.type)  # fmt: skip
-        return found | seconds | how | dict(torch=torch.__version__, diffusers=diffusers.__version__)
+        how = dict(batch_size=self.batch_size, engine=self._engine(job), device=next(self.model.parameters()).device.type)
+        versions = dict(torch=torch.__version__, diffusers=diffusers.__version__)
+        return found | seconds | dict(threads=torch.get_num_threads()) | how | versions
 
     def _calibration(self, job: Job) -> tuple[CalibrationSet | None, Profile | None]:
         """``(data, profile)``: all methods of a repeat see the same; a profile is that of quantized layers."""
@@ -204,10 +192,10 @@ class Workbench:
     def _batches(self, job: Job, model: nn.Module) -> Iterable[Tensor]:
         noise = [job.repeat * SEEDS + seed for seed in self.seeds]
         batches = sample_batches(model, self.scheduler, noise, job.steps, self.batch_size, progress=False)
-        if self.keep:
-            batches = [torch.cat(list(batches))]
-            self.images[job] = batches[0]
-        return batches
+        if not self.keep:
+            return batches
+        self.images[job] = torch.cat(list(batches))
+        return [self.images[job]]
 
     def _clean(self, job: Job) -> Tensor:
         """The full-precision images of a repeat, from the cache or made now; memory-mapped."""

@@ -1,10 +1,10 @@
 """Rows of results on disk: a row is a file, and a CSV is gathered from them; any number of processes write one table."""
 
-import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -33,9 +33,7 @@ def beside(path: Path) -> Iterator[Path]:
 class Table:
     """A CSV and, beside it, the folder ``name.rows`` with a file for each row that was added; rows of the CSV alone stay.
 
-    Nothing is locked: whoever gathers the rows gathers all. ``keys``: the columns that tell rows apart, of every row that is
-    wanted, in the order of the CSV.
-    """
+    Nothing is locked: whoever gathers, gathers all. ``keys``: what tells rows apart, of every row wanted, in the CSV's order."""
 
     def __init__(self, path: str | Path, keys: Sequence[Row]) -> None:
         self.path, self.folder, self.key = Path(path), Path(path).with_suffix(".rows"), tuple(keys[0])
@@ -51,8 +49,7 @@ class Table:
     def begin(self, name: str) -> Path | None:
         """A mark that work of this name has begun, to be removed at its end; ``None`` if there is one already.
 
-        Only advice to other processes, which had better take other work first: a mark can be that of one that was killed.
-        """
+        Only advice to take other work first: it can be that of a process that was killed."""
         mark = self._file([name], ".begun")
         try:
             mark.touch(exist_ok=False)
@@ -74,9 +71,14 @@ class Table:
     def _file(self, key: Iterable, end: str) -> Path:
         """Its name holds what can be read of a key, and digits that tell apart what cannot."""
         self.folder.mkdir(parents=True, exist_ok=True)
+<<<<<<< HEAD
         text = "\n".join(map(str, key))
         digits = hashlib.sha256(text.encode()).hexdigest()[:8]
         return self.folder / f"{re.sub('[^a-zA-Z0-9.-]+', '_', text)[:120]}-{digits}{end}"
+=======
+        text = "-".join(map(str, key))
+        return self.folder / f"{re.sub('[^a-zA-Z0-9.-]+', '_', text)[:120]}-{sha256(text.encode()).hexdigest()[:8]}{end}"
+>>>>>>> c-lab
 
 
 def _write(path: Path, rows: Sequence[Row]) -> None:

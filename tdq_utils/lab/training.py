@@ -1,6 +1,5 @@
 """Train the networks that ship in data/: the denoiser and the feature classifier (the second denoiser: ``training_dit``)."""
 
-import csv
 import json
 from collections.abc import Callable
 from functools import partial
@@ -20,30 +19,19 @@ from tdq_utils.fit.loop import Trainer, denoising_loss, iteration_generator
 from tdq_utils.lab.datasets import load_images
 from tdq_utils.lab.fid import FeatureClassifier, Statistics, extract_features
 
-UNET = dict(
-    sample_size=28,
-    in_channels=1,
-    out_channels=1,
-    block_out_channels=(32, 64, 64),
-    layers_per_block=1,
+# Scale-shift conditioning: activations depend on t the way larger models' do. Trailing: the first step is t = 999, pure noise.
+UNET: dict[str, Any] = dict(
+    sample_size=28, in_channels=1, out_channels=1, block_out_channels=(32, 64, 64), layers_per_block=1,
     down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
-    up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-    # Scale-shift conditioning makes activations depend on t the way larger models do.
-    resnet_time_scale_shift="scale_shift",
-)
-SCHEDULER = dict(
-    num_train_timesteps=1000,
-    beta_schedule="linear",
-    prediction_type="epsilon",
-    timestep_spacing="trailing",  # the first step is t = 999, pure noise
-)
+    up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"), resnet_time_scale_shift="scale_shift",
+)  # fmt: skip
+SCHEDULER = dict(num_train_timesteps=1000, beta_schedule="linear", prediction_type="epsilon", timestep_spacing="trailing")
 
 
 def learning_rate(iteration: int, iterations: int, peak: float = 1e-3, warmup: int = 200, decay: float = 0.3) -> float:
     """Warm-up, constant, then a linear fall to zero over the last ``decay`` of the run.
 
-    Up to the fall the rate does not depend on ``iterations``: a run can be lengthened, or ended
-    early with a full decay, and is still the run that this command line describes.
+    Up to the fall it does not depend on ``iterations``: a run that is lengthened, or ended early, is still that of its options.
     """
     fall = (iterations - iteration) / max(1, round(decay * iterations))
     return peak * min(1.0, (iteration + 1) / warmup, fall)
@@ -53,20 +41,13 @@ def train_unet(out: str | Path, iterations: int = 5400, batch: int = 128, seed: 
                root: str | Path | None = None, compiled: bool = False, device: str = "cpu") -> Path:  # fmt: skip
     """Train the shipped denoiser on the 60,000 training images; resume if ``out`` holds a run.
 
-    Randomness of iteration i depends on (seed, i) alone and the state is saved every minute, so a
-    killed run goes on as if nothing had happened, less at most a minute of work.
+    Randomness of iteration i depends on (seed, i) alone and the state is saved every minute: a killed run loses only that.
 
     Args:
-        out: folder for ``state.pt`` (resume), ``loss.csv`` and ``model/`` (EMA weights in diffusers' layout).
+        out: folder for ``state.pt`` (resume) and ``model/`` (EMA weights in diffusers' layout, ``loss.csv``), which is returned.
         iterations: optimizer steps. batch: images a step. seed: of weights, data order and noise.
-        ema_decay: of the exponential moving average of the weights.
-        root: folder with the full Fashion-MNIST, as in :func:`tdq_utils.lab.datasets.load_images`.
-        compiled: run the residual blocks through ``torch.compile``, after a check of their gradients.
-        device: ``"cpu"`` or ``"cuda"``.
-
-    Returns:
-        Path of the saved pipeline folder.
-    """
+        ema_decay: of the exponential moving average of the weights. root: as in :func:`tdq_utils.lab.datasets.load_images`.
+        compiled: run the residual blocks through ``torch.compile``, after a check of their gradients. device: cpu or cuda."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     images = load_images(split="train", root=root).to(device)
@@ -85,18 +66,10 @@ def train_unet(out: str | Path, iterations: int = 5400, batch: int = 128, seed: 
 
 
 def compile_blocks(model: nn.Module, loss: Callable[[], torch.Tensor]) -> None:
-    """Compile the residual blocks of ``model`` in place, and see that the gradients stay what they were.
+    """Compile the residual blocks of ``model`` in place. TDQError: a gradient of ``loss()``, the same scalar each time, changes.
 
-    Block by block, because torch 2.13 compiles the whole model to a backward pass on the CPU in
-    which most convolution weights silently get gradient zero: the loss still falls, to 0.042
-    instead of below 0.04.
-
-    Args:
-        model: the denoiser. loss: function without arguments; the same scalar at each call.
-
-    Raises:
-        TDQError: a compiled gradient differs from the eager one.
-    """
+    Block by block, because torch 2.13 compiles the whole model to a backward pass on the CPU in which most convolution weights
+    silently get gradient zero: the loss still falls, to 0.042 instead of below 0.04."""
     eager = _gradients(model, loss)
     torch._dynamo.config.recompile_limit = 64  # one variant for each shape of block
     for block in model.modules():
@@ -106,22 +79,16 @@ def compile_blocks(model: nn.Module, loss: Callable[[], torch.Tensor]) -> None:
 
 
 def check_gradients(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor], tolerance: float = 1e-3) -> None:
-    """Compare two dicts of gradients by name, each relative to the largest norm of all.
-
-    Raises:
-        TDQError: the worst difference exceeds ``tolerance``.
-    """
+    """TDQError: two dicts of gradients by name differ by more than ``tolerance`` of the largest norm of all."""
     largest = max(gradient.norm() for gradient in expected.values())
     errors = {name: ((actual[name] - expected[name]).norm() / largest).item() for name in expected}
     worst = max(errors, key=lambda name: errors[name])
     if not errors[worst] <= tolerance:
-        raise TDQError(
-            f"compiled gradients must equal eager ones within {tolerance}; {worst} differs by {errors[worst]:.2g}: "
-            f"torch {torch.__version__} miscompiles this model here, train without --compile"
-        )
+        raise TDQError(f"compiled gradients must equal eager ones within {tolerance}; {worst} differs by {errors[worst]:.2g}: "
+                       f"torch {torch.__version__} miscompiles this model here, train without --compile")  # fmt: skip
 
 
-def _gradients(model, loss):
+def _gradients(model: nn.Module, loss: Callable[[], torch.Tensor]) -> dict[str, torch.Tensor]:
     loss().backward()
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
@@ -131,27 +98,17 @@ def _gradients(model, loss):
 def export(folder: Path, pipeline: Any, log: list[float], every: int = 50) -> Path:
     """A pipeline in diffusers' layout, and beside it ``loss.csv``: the loss curve as means of 50 steps."""
     pipeline.save_pretrained(folder)
-    with open(folder / "loss.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["iteration", "loss"])
-        for i in range(0, len(log), every):
-            part = log[i : i + every]
-            writer.writerow([i + len(part), f"{sum(part) / len(part):.5f}"])
+    parts = {min(i + every, len(log)): log[i : i + every] for i in range(0, len(log), every)}
+    lines = [f"{last},{sum(part) / len(part):.5f}" for last, part in parts.items()]
+    (folder / "loss.csv").write_text("\r\n".join(["iteration,loss", *lines, ""]), newline="")
     return folder
 
 
 def train_classifier(out: str | Path, epochs: int = 8, batch: int = 128, seed: int = 0, root: str | Path | None = None) -> float:
-    """Train the feature classifier on the 60,000 training images; write weights, accuracy and reference statistics.
+    """Train the feature classifier on the 60,000 training images; return its accuracy on the 10,000 test images.
 
-    AdamW with a one-cycle rate (peak 3e-3), random horizontal flips, label smoothing 0.05.
-
-    Args:
-        out: folder for ``model.safetensors``, ``metrics.json`` and ``fashion-mnist-test.npz``.
-        epochs, batch, seed: of the training. root: as in :func:`tdq_utils.lab.datasets.load_images`.
-
-    Returns:
-        Accuracy on the 10,000 test images.
-    """
+    AdamW with a one-cycle rate (peak 3e-3), random horizontal flips, label smoothing 0.05. ``out``: folder for
+    ``model.safetensors``, ``metrics.json`` and ``fashion-mnist-test.npz``; ``root``: as for ``load_images``."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     images, labels = load_images(split="train", root=root, labels=True)
@@ -163,8 +120,7 @@ def train_classifier(out: str | Path, epochs: int = 8, batch: int = 128, seed: i
     for epoch in range(epochs):
         order = torch.randperm(len(images))
         for rows in tqdm(order[: per_epoch * batch].split(batch), desc=f"epoch {epoch + 1}/{epochs}", mininterval=5):
-            flip = torch.rand(batch, 1, 1, 1) < 0.5
-            x = torch.where(flip, images[rows].flip(3), images[rows])
+            x = torch.where(torch.rand(batch, 1, 1, 1) < 0.5, images[rows].flip(3), images[rows])
             loss = F.cross_entropy(classifier.logits(x), labels[rows], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
@@ -173,7 +129,7 @@ def train_classifier(out: str | Path, epochs: int = 8, batch: int = 128, seed: i
     return _export_classifier(out, classifier.eval().requires_grad_(False), epochs, seed)
 
 
-def _export_classifier(out, classifier, epochs, seed):
+def _export_classifier(out: Path, classifier: FeatureClassifier, epochs: int, seed: int) -> float:
     images, labels = load_images(split="test", labels=True)
     right = torch.cat([classifier.logits(part).argmax(1) for part in images.split(500)]) == labels
     accuracy = right.float().mean().item()

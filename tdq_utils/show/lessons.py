@@ -1,7 +1,7 @@
 """What the lessons from 05 on need around their cells: measured rows -> frames to show, and their figures."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import pandas as pd
@@ -95,25 +95,20 @@ def step_sizes(model: nn.Module, steps: int) -> dict[str, torch.Tensor]:
 def recorded(model: nn.Module) -> Iterator[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
     """While open, what goes into and comes out of each quantized layer: ``{name: (input, output)}`` of the latest call."""
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    handles = [
-        layer.register_forward_hook(lambda layer, args, out, name=name: seen.update({name: (args[0], out)}))
-        for name, layer in quantized_layers(model).items()
-    ]
-    try:
+    with ExitStack() as handles:
+        for name, layer in quantized_layers(model).items():
+            hook = layer.register_forward_hook(lambda layer, args, out, name=name: seen.update({name: (args[0], out)}))
+            handles.callback(hook.remove)
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def real_against_real(sizes: np.ndarray, distances: Sequence[float], c: float, reference: int = 10_000) -> FigureBase:
     """FCD of real images against their number, and the law ``c (1 / n + 1 / reference)``."""
-    ax = plots.axes_of(None, 6, 3)
+    ax, label = plots.axes_of(None, 6, 3), f"c (1/n + 1/{reference:,}), c = {c:.0f} (fitted from n = 500)"
     ax.loglog(sizes, distances, "o", label="measured")
-    label = f"c (1/n + 1/{reference:,}), c = {c:.0f} (fitted from n = 500)"
     ax.loglog(sizes, c * (1 / sizes + 1 / reference), "--", color="0.4", label=label)
     ax.set(xlabel="real images", ylabel="FCD to the test set", title="Real against real: the bias falls roughly as 1/n")
-    plots.plain_log(ax.xaxis)
-    plots.plain_log(ax.yaxis)
+    for axis in (ax.xaxis, ax.yaxis):
+        plots.plain_log(axis)
     ax.legend()
     return ax.figure

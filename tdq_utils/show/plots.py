@@ -72,12 +72,9 @@ def image_rows(rows: Mapping[str, torch.Tensor], columns: int = 10, title: str |
 
 def lines_over_t(curves: Mapping[str, tuple[Any, Any]], ylabel: str, title: str, ax: Axes | None = None,
                  markers: bool = False, log: bool = False) -> FigureBase:  # fmt: skip
-    """Curves ``{label: (t, values)}``, such as step sizes or errors of several methods.
-
-    Labels that are methods get the method's name, colour and marker (``markers``: show the points), others a colour that is left.
-    """
-    ax = axes_of(ax)
-    taken = [COLOURS[label] for label in curves if label in COLOURS]
+    """Curves ``{label: (t, values)}``; labels that are methods get the method's name, colour and marker (``markers``: show the
+    points), others a colour that is left."""
+    ax, taken = axes_of(ax), [COLOURS[label] for label in curves if label in COLOURS]
     spare = (colour for colour in PALETTE if colour not in taken)
     styles = {"mse": "--", "minmax": "--", "learned": "--", "table": ":"}
     for label, (t, values) in curves.items():

@@ -82,9 +82,8 @@ def range_boxes(profile: Profile, layer: str) -> FigureBase:
     quantiles = np.stack([_quantile(profile, profile.row(layer), q) for q in (0.001, 0.25, 0.5, 0.75, 0.999)], axis=1)
     keys = ("whislo", "q1", "med", "q3", "whishi", "label")
     boxes = [dict(zip(keys, (*five, t), strict=True)) for five, t in zip(quantiles, _thinned(profile.t), strict=True)]
-    ax = axes_of(None)
-    ax.bxp(boxes, showfliers=False, patch_artist=True, boxprops=dict(facecolor=PALETTE[0], alpha=0.5),
-           medianprops=dict(color="k"))  # fmt: skip
+    ax, look = axes_of(None), dict(boxprops=dict(facecolor=PALETTE[0], alpha=0.5), medianprops=dict(color="k"))
+    ax.bxp(boxes, showfliers=False, patch_artist=True, **look)
     ax.tick_params(axis="x", rotation=60, labelsize=8)
     ax.set(xlabel=T_AXIS, ylabel="input of the layer", title=layer)
     return ax.figure
@@ -102,10 +101,8 @@ def drift_scatter(drift: pd.DataFrame) -> FigureBase:
 
 def histogram_with_grid(profile: Profile, layer: str, t: int, bits: int = 5, s: float | torch.Tensor | None = None,
                         ax: Axes | None = None) -> FigureBase:  # fmt: skip
-    """The values of one layer at one time step, the quantization levels, and what lies outside them.
-
-    ``s``: step size; default: the MSE-optimal static one. Bars are as wide at every t.
-    """
+    """The values of one layer at one time step, the quantization levels, and what lies outside them; bars as wide at every t.
+    ``s``: step size; default: the MSE-optimal static one."""
     i, step, grid = profile.row(layer), profile.step(t), profile.grid(layer, bits)
     s = torch.as_tensor(profile.best_steps(layer, bits)[0] if s is None else s, dtype=torch.float32)
     ticks, half = levels(s, grid), s.item() / 2
@@ -118,12 +115,11 @@ def histogram_with_grid(profile: Profile, layer: str, t: int, bits: int = 5, s: 
     for mask, colour, label in ((~outside, ROUNDED, "rounded"), (outside, TRUNCATED, "truncated")):
         heights = (share * mask).reshape(-1, wide).sum(1)
         # One outline, not a patch a bar: sliders draw ten of these.
-        ax.stairs(np.where(heights > 0, heights, np.nan), edges, fill=True, lw=0, color=colour,
-                  label=f"{label}: {share[mask].sum():.1%}")  # fmt: skip
+        label = f"{label}: {share[mask].sum():.1%}"
+        ax.stairs(np.where(heights > 0, heights, np.nan), edges, fill=True, lw=0, color=colour, label=label)
     ax.vlines(ticks, 1e-6, 4e-6, color="0.2", lw=1)
     low, high = profile.least[i].min(), profile.greatest[i].max()
-    margin = 0.05 * (high - low)
-    ax.set(yscale="log", ylim=(1e-6, 1), xlim=(low - margin, high + margin))
+    ax.set(yscale="log", ylim=(1e-6, 1), xlim=(low - 0.05 * (high - low), high + 0.05 * (high - low)))
     ax.set(xlabel="input of the layer", ylabel="share of values", title=f"{layer}\nt = {t}, {bits} bits, s = {s.item():.3g}")
     ax.legend(loc="upper right", fontsize=8)
     return ax.figure
@@ -138,11 +134,7 @@ def histogram_panels(profile: Profile, layer: str, t: Sequence[int], bits: int =
 
 
 def split_error(values: torch.Tensor, counts: torch.Tensor, s: torch.Tensor, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
-    """``(truncation, rounding)`` parts of the mean squared quantization error, arrays ``"row"``.
-
-    Args:
-        values, counts: ``"row value"``. s: one step size a row.
-    """
+    """``(truncation, rounding)`` parts of the mean squared error, ``"row"``; values, counts: ``"row value"``; s: one a row."""
     inside = fake_quantize(values, s, grid).sub(values).abs() <= s[:, None] / 2 * (1 + 1e-4)
     truncation, rounding = (squared_error(values, counts * part, s, grid) / counts.sum(1) for part in (~inside, inside))
     return truncation.numpy(), rounding.numpy()

@@ -80,8 +80,7 @@ def quality_against_bits(table: pd.DataFrame, measure: str = "fcd", methods: Ite
                          title: str | None = None, relative_to: str | None = None) -> FigureBase:  # fmt: skip
     """Rows of :func:`tdq_utils.lab.reproduce.reproduce`: a line a method, a panel for each width of the weights.
 
-    ``relative_to``: a method by whose value, at the same bits and repeat, all are divided; otherwise full precision is dashed.
-    """
+    ``relative_to``: a method by whose value, at the same bits and repeat, all are divided; otherwise full precision is dashed."""
     rows = table[(table.weights > 0) & (table.weights_method == "nearest")]
     if relative_to:
         key = ["weights", "activations", "repeat"]
@@ -133,10 +132,8 @@ def ratio_bars(table: pd.DataFrame, baseline: str, title: str | None = None) -> 
 
 def variant_bars(table: pd.DataFrame, question: str, measure: str = "fcd", title: str | None = None,
                  references: Mapping[str, float] | None = None) -> FigureBase:  # fmt: skip
-    """One question of the ablations (:func:`tdq_utils.lab.tables.ablations.ablation_jobs`): a bar a variant, a colour a method.
-
-    ``references``: ``{label: value}``, drawn as dashed lines, for scale.
-    """
+    """One question of the ablations (:func:`tdq_utils.lab.tables.ablations.ablation_jobs`): a bar a variant, a colour a method;
+    ``references``: ``{label: value}``, drawn as dashed lines, for scale."""
     rows = table[table.question == question]
     variants, methods = list(dict.fromkeys(rows.variant)), list(dict.fromkeys(rows.method))
     if all(variant.isdigit() for variant in variants):
@@ -155,10 +152,8 @@ def variant_bars(table: pd.DataFrame, question: str, measure: str = "fcd", title
 
 
 def training_bars(table: pd.DataFrame, measure: str = "fcd", title: str | None = None) -> FigureBase:
-    """Rows of :func:`tdq_utils.lab.tables.qat.qat_jobs`, of one number of sampling steps: a panel a pair of bits, a bar a kind.
-
-    Pale bars: calibrated only.
-    """
+    """Rows of :func:`tdq_utils.lab.tables.qat.qat_jobs`, of one number of sampling steps: a panel a pair of bits, a bar a kind
+    (pale: calibrated only)."""
     rows = table[table.weights > 0].assign(label=training_labels(table))
     panels = dict(list(rows.groupby(bits(rows), sort=False)))
     axes = _panels(panels, 5.2, 3.4, title)
@@ -187,11 +182,9 @@ def training_labels(table: pd.DataFrame) -> pd.Series:
 
 
 def loss_lines(curves: pd.DataFrame, above: str | None = None, title: str | None = None) -> FigureBase:
-    """Training loss (:func:`tdq_utils.lab.tables.qat.loss_curves`, of one length), a line a method, a panel a pair of bits.
+    """Losses of trainings of one length (:func:`tdq_utils.lab.tables.qat.add_losses`): a line a method, a panel a pair of bits.
 
-    ``above``: a method without bits, such as "fine-tuned", whose loss on the same batches (the same repeat) is subtracted:
-    batches differ far more than methods do.
-    """
+    ``above``: a method without bits, whose loss on the same batches is subtracted: batches differ far more than methods do."""
     if above:
         floor = curves[curves.method == above].set_index(["repeat", "iteration"]).loss.rename("floor")
         curves = curves[curves.method != above].join(floor, on=["repeat", "iteration"], how="inner")

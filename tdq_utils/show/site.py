@@ -44,6 +44,5 @@ def write_page(notebook: NotebookNode, path: Path) -> None:
     """An executed notebook, with the state of its widgets -> one HTML file that needs no other and no network."""
     title = notebook.cells[0].source.splitlines()[0].lstrip("# ")
     resources = {"metadata": {"name": title}, "widgets": WIDGETS.read_text().rpartition("//# sourceMappingURL")[0]}
-    page, _ = _Page(raw_template=TEMPLATE).from_notebook_node(notebook, resources)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page)
+    path.write_text(_Page(raw_template=TEMPLATE).from_notebook_node(notebook, resources)[0])

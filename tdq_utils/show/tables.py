@@ -51,8 +51,7 @@ def styled(frame: pd.DataFrame, caption: str, formats: Mapping[str, Any] | None 
         best: ``{column: "min" or "max"}``: where the best value of each group is marked, and what reads the same.
         groups: column; neighbouring rows of one value are a group, with a line to the next.
         references: for each row, whether it is no contestant (full precision, real images): pale, and never the best.
-        index: show the index, whose entries must differ; otherwise it is dropped.
-    """
+        index: show the index, whose entries must differ; otherwise it is dropped."""
     frame = frame if index else frame.reset_index(drop=True)
     shown: dict[str, Any] = dict.fromkeys(frame.select_dtypes("float"), significant(3))
     shown |= {"method": lambda name: NAMES.get(name, name)} if "method" in frame else {}
@@ -83,10 +82,8 @@ def bits(table: pd.DataFrame) -> pd.Series:
 def headline(table: pd.DataFrame) -> Table:
     """Rows of :func:`tdq_utils.lab.tables.quickstart.compare`, by bits: distances to full precision and to real images."""
     shown = {"bits": bits(table).fillna("–"), "method": table.method, "distance to full precision": table.mse, "FCD": table.fcd}
-    caption = (
-        f"{table.images.iloc[0]} images a row, {table.steps.iloc[0]:.0f} sampling steps, the same seeds. Distance: mean squared "
-        "pixel difference to the image of the same seed in full precision. FCD: Frechet classifier distance to the 10,000 test "
-        "images. Lower is better."
-    )
+    caption = (f"{table.images.iloc[0]} images a row, {table.steps.iloc[0]:.0f} sampling steps, the same seeds. Distance: mean "
+               "squared pixel difference to the image of the same seed in full precision. FCD: Frechet classifier distance to "
+               "the 10,000 test images. Lower is better.")  # fmt: skip
     low = dict.fromkeys(("distance to full precision", "FCD"), "min")
     return styled(pd.DataFrame(shown), caption, dict.fromkeys(low, significant(2)), low, "bits", table.weights.isna())

@@ -31,8 +31,7 @@ class Job:
     Attributes:
         method: one of ``METHODS``, "full precision" or "real images". weights, activations: bits, 0 for full precision.
         repeat: number of the noise and calibration seeds. weights_method: "nearest" or "adaround".
-        steps: sampling steps. first_calibrated: seed of a repeat's calibration, counted from its first seed of noise.
-    """
+        steps: sampling steps. first_calibrated: seed of a repeat's calibration, counted from its first seed of noise."""
 
     method: str
     weights: int = 0
@@ -76,10 +75,8 @@ class Job:
                 progress: bool = False) -> dict[str, Any]:  # fmt: skip
         """Quantize and calibrate the model, in place; return further columns of the row.
 
-        Args:
-            calibration: function -> ``(data, profile)`` that calibration sees; the profile is ``None`` before the model is
-                quantized. folder: for what a long preparation keeps to go on from. progress: show bars.
-        """
+        ``calibration``: function -> ``(data, profile)`` that calibration sees, the profile ``None`` before the model is
+        quantized; ``folder``: for what a long preparation keeps to go on from; ``progress``: show bars."""
         quantize(model, self.weights or None, self.activations or None, self.method, split_skips=self.split_inputs)
         data, profile = calibration()
         learned = dict(weights_method="adaround", data=data) if self.weights_method == "adaround" else {}
@@ -88,11 +85,9 @@ class Job:
 
 
 def ptq_jobs(quick: bool = False, steps: int = 20, repeats: int = 2) -> list[Job]:
-    """The jobs of the table of post-training quantization, most wanted first. ``quick``: one repeat of W8A5 and W4A5.
+    """The jobs of the table, most wanted first; dynamic intervals, slowest to sample, last. ``quick``: W8A5 and W4A5, once.
 
-    Full precision and real images once a repeat; then every method at every pair of bits, ``repeats`` times and
-    once more at the headline settings; the dynamic intervals, slowest to sample, at the end.
-    """
+    Every method at every pair of bits ``repeats`` times, once more at the headline settings; references once a repeat."""
     bits, repeats = (QUICK_BITS, 1) if quick else (BITS, repeats)
     jobs = []
     for repeat in range(repeats + (not quick)):

@@ -23,10 +23,9 @@ from tdq_utils.run.storage import save_quantized
 BITS = ((4, 4), (3, 3), (4, 8), (8, 8))
 HEADLINE = (4, 4)  # gets a second repeat, and TDQ on the other rules
 FEWEST = (3, 3)  # gets a second repeat of LSQ and TDQ
-METHODS = ("lsq", "tdq", "pact", "nipq")
+METHODS, UNTRAINED = ("lsq", "tdq", "pact", "nipq"), ("mse", "tdq")  # trained; what calibration alone does at the same bits
 LONGER = 3  # times the iterations, once for LSQ and TDQ: what the difference comes to
 SAMPLED_STEPS = (10, 50, 100)  # at which full precision, LSQ and TDQ are sampled, too
-UNTRAINED = ("mse", "tdq")  # what post-training quantization does at the same bits
 TOLD_APART = ("method", "weights", "activations", "repeat", "iterations", "step_rate", "generator_rate", "split_skips")
 
 
@@ -35,11 +34,9 @@ class QatJob(Job):
     """A row of the table: a training, or a control.
 
     Attributes:
-        iterations: of training; 0 for post-training quantization, where ``method`` is one of calibrate's; else it is one of
-            ``FINETUNED``, or "fine-tuned": the full-precision model, trained for as long.
+        iterations: of training, by a ``method`` of ``FINETUNED`` or "fine-tuned", in full precision; 0: calibration alone.
         batch, step_rate, generator_rate, split_skips: as for :func:`tdq_utils.fit.finetuning.finetune`, or 0.
-        calibrated_steps: of the trajectories that calibration, which training starts from, sees.
-    """
+        calibrated_steps: of the trajectories that calibration, which training starts from, sees."""
 
     iterations: int = 600
     batch: int = 64
@@ -120,8 +117,7 @@ def default_trainings(table: pd.DataFrame) -> pd.Series:
 def add_losses(path: str | Path, jobs: Iterable[QatJob], cache: str | Path, model: nn.Module, every: int = 20) -> None:
     """Write the losses that the trainings of ``model`` among ``jobs`` left in ``cache`` into a CSV; others that it holds stay.
 
-    Columns: ``TOLD_APART``, ``iteration`` (the last of ``every``), ``loss`` (the mean of these). No trainings, no file.
-    """
+    Columns: ``TOLD_APART``, ``iteration`` (the last of ``every``), ``loss`` (the mean of these). No trainings, no file."""
     known = [pd.read_csv(path)] if Path(path).exists() else []
     for folder, job in {job.folder(cache, model): job for job in jobs if job.iterations}.items():
         if (folder / "loss.csv").exists():

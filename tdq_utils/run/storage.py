@@ -28,11 +28,8 @@ def save_quantized(model: Any, folder: str | Path, packed: bool = False) -> None
     Args:
         model: quantized in place by :func:`tdq_utils.fit.quantize.quantize`.
         folder: gets ``quantization.json`` and ``model-....safetensors``.
-        packed: keep of the quantized weights only their levels: one byte each, or two in a byte from 4 bits down. The model
-            that comes back gives the same outputs; the weights before rounding are gone.
-
-    Raises:
-        TDQError: ``packed`` without quantized weights.
+        packed: keep of the quantized weights only their levels: one byte each, or two in a byte from 4 bits down. The model that
+            comes back gives the same outputs; the weights before rounding are gone. TDQError: weights are not quantized.
     """
     state = checked_state(model)
     if packed and state.weights is None:
@@ -40,22 +37,13 @@ def save_quantized(model: Any, folder: str | Path, packed: bool = False) -> None
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     settings: dict[str, Any] = dict(
-        format=FORMAT,
-        model=type(model).__name__,
-        config={k: v for k, v in model.config.items() if not k.startswith("_")},
-        weights=state.weights,
-        activations=state.activations,
-        method=state.method,
-        weights_per=state.weights_per,
-        keep=state.kept,
-        visited=state.visited,
-        frozen=state.frozen,
+        format=FORMAT, model=type(model).__name__, config={k: v for k, v in model.config.items() if not k.startswith("_")},
+        weights=state.weights, activations=state.activations, method=state.method, weights_per=state.weights_per,
+        keep=state.kept, visited=state.visited, frozen=state.frozen,
         # Convolutions in another memory format sum in another order.
         channels_last=any(p.dim() == 4 and not p.is_contiguous() for p in model.parameters()),
-        split_skips=state.split_skips,
-        packed=packed,
-        layers={name: _describe(quantizer) for name, quantizer in activation_quantizers(model).items()},
-    )
+        split_skips=state.split_skips, packed=packed,
+        layers={name: _describe(quantizer) for name, quantizer in activation_quantizers(model).items()})  # fmt: skip
     # Rounded weights of a frozen model follow from the weights and their steps: not stored twice. Tied ones are stored twice.
     tensors = {k: v.detach().clone().contiguous() for k, v in model.state_dict().items() if not k.endswith(".rounded")}
     if packed:
@@ -77,8 +65,7 @@ def save_quantized(model: Any, folder: str | Path, packed: bool = False) -> None
 def load_quantized(folder: str | Path) -> nn.Module:
     """Read a model that :func:`save_quantized` wrote; on the CPU, in eval mode.
 
-    Raises:
-        DataError: a missing or damaged file, a newer format, or weights that are not those the settings were saved with.
+    DataError: a missing or damaged file, a newer format, or weights that are not those the settings were saved with.
     """
     folder = Path(folder)
     try:
@@ -91,20 +78,13 @@ def load_quantized(folder: str | Path) -> nn.Module:
             raise ValueError(f"sha256 of {name} must be {settings['sha256']}, got {digest}; copy both files again")
         return _build(settings, load(data))
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
-        raise DataError(
-            f"{folder} must hold quantization.json and the tensors it names, as save_quantized writes them: {error!r}"
-        ) from error
+        rule = "must hold quantization.json and the tensors it names, as save_quantized writes them"
+        raise DataError(f"{folder} {rule}: {error!r}") from error
 
 
 def pack(levels: torch.Tensor, bits: int) -> torch.Tensor:
-    """Integer levels as bytes: two in one if 4 bits hold them, as ``(a + 8) + 16 (b + 8)``.
-
-    Args:
-        levels: int8, any shape. bits: of the grid, 2 to 8.
-
-    Returns:
-        int8 of the same shape, or uint8 ``"bytes"``.
-    """
+    """Integer levels, int8 of any shape, as bytes: as they are, or uint8 ``"bytes"`` of two each where ``bits`` (2 to 8) of the
+    grid are at most 4, as ``(a + 8) + 16 (b + 8)``."""
     if bits > 4:
         return levels.contiguous()
     flat = torch.nn.functional.pad((levels.flatten() + 8).to(torch.uint8), (0, levels.numel() % 2))
@@ -149,10 +129,8 @@ def _build(settings, tensors):
 def _describe(quantizer):
     """JSON for an activation quantizer: its grid, and the kind and shape of its step source."""
     grid, step = quantizer.grid, quantizer.step
-    return dict(
-        grid=None if grid is None else dict(bits=grid.bits, low=grid.low),
-        step=None if step is None else dict(kind=type(step).__name__, **step.settings()),
-    )
+    shape = grid and dict(bits=grid.bits, low=grid.low)
+    return dict(grid=shape, step=None if step is None else dict(kind=type(step).__name__, **step.settings()))
 
 
 def _rebuild(quantizer, description, tensors, place):
@@ -161,8 +139,7 @@ def _rebuild(quantizer, description, tensors, place):
     settings = dict(description["step"] or {})
     kind = settings.pop("kind", None)
     if kind == "TableStep":
-        prefix = f"{place}.step."
-        settings = dict(t=tensors[prefix + "t"], s=tensors[prefix + "s"])
+        settings = {name: tensors[f"{place}.step.{name}"] for name in "ts"}
     if kind == "StepGenerator":
         width = settings.pop("width")
         settings["features"] = RawTime() if width == 1 else FourierFeatures(width)

@@ -124,10 +124,10 @@ class Runner(Compiled):
 
 def bits_on_grid(model: nn.Module) -> tuple[int, int]:
     """Bits of weights and activations of a quantized model. TDQError: it is none, or either is in full precision."""
-    bits = (state := checked_state(model)).weights, state.activations
-    if None in bits:
-        raise TDQError(f"Integers need weights and activations on a grid; got W{bits[0]}A{bits[1]}. Quantize both.")
-    return bits
+    weights, activations = (state := checked_state(model)).weights, state.activations
+    if weights is None or activations is None:
+        raise TDQError(f"Integers need weights and activations on a grid; got W{weights}A{activations}. Quantize both.")
+    return weights, activations
 
 
 def _moves(table):

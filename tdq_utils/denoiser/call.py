@@ -35,20 +35,16 @@ def time_argument(model: nn.Module) -> str:
     names = inspect.signature(model.forward).parameters
     found = next((name for name in TIME if name in names), None)
     if found is None:
-        raise TDQError(
-            f"A denoiser takes the time step as one of {', '.join(TIME)}; {type(model).__name__}.forward takes "
-            f"{', '.join(names)}. Wrap it in a module whose forward does."
-        )
+        raise TDQError(f"A denoiser takes the time step as one of {', '.join(TIME)}; {type(model).__name__}.forward takes "
+                       f"{', '.join(names)}. Wrap it in a module whose forward does.")  # fmt: skip
     return found
 
 
 def read_times(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> TimeSteps:
     """The time steps of a call ``model(*args, **kwargs)``, by the signature of the model: as received, in any unit.
 
-    Time steps ``"batch token"`` (image to video) count by the noisiest token of each sample.
-
-    Raises:
-        TDQError: no time step, or a number of them that is neither 1 nor that of the samples.
+    Time steps ``"batch token"`` (image to video) count by the noisiest token of each sample. TDQError: no time step, or a
+    number of them that is neither 1 nor that of the samples.
     """
     call, name = inspect.signature(model.forward).bind(*args, **kwargs).arguments, time_argument(model)
     t, first = call.get(name), next(iter(call.values()))
@@ -74,10 +70,8 @@ def prediction(output: Any) -> torch.Tensor:
 
 def follow(model: nn.Module) -> list[RemovableHandle]:
     """Let :func:`now` know the time steps of the model's calls, until the handles are removed."""
-    return [
-        model.register_forward_pre_hook(_enter, with_kwargs=True),
-        model.register_forward_hook(_leave, always_call=True),
-    ]
+    enter = model.register_forward_pre_hook(_enter, with_kwargs=True)
+    return [enter, model.register_forward_hook(_leave, always_call=True)]
 
 
 def _enter(model, args, kwargs):

@@ -31,10 +31,8 @@ def load_model(name: str | Path = "fashion-mnist", device: str | torch.device | 
 
     source = CATALOGUE.get(str(name), Path(name))
     if not source.is_dir() and (str(name) in CATALOGUE or len(Path(name).parts) != 2 or Path(name).is_absolute()):
-        raise DataError(
-            f"load_model takes one of {', '.join(CATALOGUE)}, an existing folder in diffusers' layout, or a hub id "
-            f"'owner/name'; got {str(name)!r}, and {source} is no folder."
-        )
+        raise DataError(f"load_model takes one of {', '.join(CATALOGUE)}, an existing folder in diffusers' layout, or a hub id "
+                        f"'owner/name'; got {str(name)!r}, and {source} is no folder.")  # fmt: skip
     pipeline = _load_pipeline(source if source.is_dir() else str(name))
     model = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
     if model is None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -45,16 +44,12 @@ def _flat(x):
     return (x if x.is_contiguous() else x.movedim(1, -1)).reshape(-1).float()
 
 
-@dataclass
 class _Cell:
     """Running statistics of one layer at one t."""
 
-    least: float = np.inf
-    greatest: float = -np.inf
-    total: float = 0.0
-    squares: float = 0.0
-    count: int = 0
-    histogram: Histogram = field(default_factory=Histogram)
+    def __init__(self):
+        self.least, self.greatest, self.total, self.squares, self.count = np.inf, -np.inf, 0.0, 0.0, 0
+        self.histogram = Histogram()
 
     def add(self, x):
         x = _flat(x)  # reductions over 4 axes are several times slower
@@ -119,11 +114,8 @@ def profile_activations(model: nn.Module, scheduler: Any, seeds: int | Iterable[
     """Record the input of every conv and linear layer along the model's own sampling trajectory.
 
     No activation is kept, but running sums and one histogram for each (layer, t): memory does not grow with the images.
-
-    Args:
-        model, scheduler, seeds, steps: as for :func:`tdq_utils.denoiser.sampling.sample`.
-        layers: dotted names to record; default: all conv and linear layers.
-        sampling: ``batch_size``, ``condition``, ``progress``, ``callback`` of ``sample``. TDQError: activations are not finite.
+    ``layers``: dotted names to record, default all; the rest, and ``sampling``, as for
+    :func:`tdq_utils.denoiser.sampling.sample`. TDQError: activations are not finite.
     """
     with recording(model, layers) as cells:
         sample(model, scheduler, seeds, steps, pad=False, **sampling)  # an image that fills a batch must not count

@@ -17,10 +17,7 @@ from tdq_utils.method.step_sizes import StepSize, TimeSteps
 class FourierFeatures(nn.Module):
     """Geometric Fourier features of the time step, ``[cos(t w_i), sin(t w_i)]``, ``w_i = 10000^(-i / half)``.
 
-    An MLP on raw t barely varies with t (low-frequency bias); these features give it every scale.
-
-    Args:
-        width: number of features, even.
+    An MLP on raw t barely varies with t (low-frequency bias); these features give it every scale. ``width`` of them, even.
     """
 
     w: torch.Tensor
@@ -117,8 +114,7 @@ class StepGenerator(StepSize):
     def on(self, t: Sequence[float], nearest: bool = False) -> torch.Tensor:
         """s(t) at time steps ``t``, ``"t"``: what inference looks up instead of running this."""
         training = self.training
-        self.eval()
-        s = self._each(t)
+        s = self.eval()._each(t)
         self.train(training)
         return s
 

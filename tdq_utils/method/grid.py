@@ -24,11 +24,7 @@ class Grid:
     padding is then exact and integer kernels can run the same grid.
 
     Args:
-        bits: 2 to 8.
-        low: least value of the input, <= 0; ``None`` for the symmetric grid.
-
-    Raises:
-        TDQError: bits outside 2..8, or a positive ``low``.
+        bits: 2 to 8. low: least value of the input, <= 0; ``None`` for the symmetric grid. TDQError: out of these ranges.
     """
 
     bits: int
@@ -82,11 +78,7 @@ def fake_quantize(x: torch.Tensor, s: torch.Tensor, grid: Grid, grad_factor: flo
         x: tensor of any shape; half precision is rounded in float32 and returned as it came.
         s: positive step size: one value, or one for each entry of the first axis of ``x``
             (samples of a batch for activations, output channels for weights).
-        grid: :class:`Grid`.
         grad_factor: multiplies the gradient of ``s`` (LSQ: ``1 / sqrt(x.numel() * q_max)``).
-
-    Returns:
-        Tensor like ``x``.
     """
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     if torch.is_grad_enabled() and (x.requires_grad or s.requires_grad):
@@ -133,14 +125,9 @@ def on_levels(x: torch.Tensor, s: torch.Tensor, least: torch.Tensor, greatest: t
 
 
 def squared_error(values: Tensor, counts: Tensor | None, s: Tensor, grid: Grid) -> Tensor:
-    """Summed squared quantization error of weighted values.
+    """Squared quantization error ``"..."``, summed over values ``"... value"`` weighted with ``counts``, same shape or ``None``.
 
-    Args:
-        values: ``"... value"``. counts: weight of each value, same shape, or ``None`` for 1.
-        s: step sizes ``"..."``.
-
-    Returns:
-        Tensor ``"..."``; differentiable in ``s``, where it is continuous: the derivative is that at fixed levels.
+    Differentiable in the step sizes ``s``, ``"..."``, where it is continuous: the derivative is that at fixed levels.
     """
     x, s = values.reshape(-1, values.shape[-1]), s.reshape(-1, 1)
     levels = fake_quantize(x, s.detach()[:, 0], grid) / s.detach()
@@ -153,9 +140,7 @@ def squared_error(values: Tensor, counts: Tensor | None, s: Tensor, grid: Grid) 
 def mse_step(values: Tensor, grid: Grid, counts: Tensor | None = None) -> Tensor:
     """The positive step sizes ``"..."`` that minimize the squared quantization error: a grid search, and a finer one.
 
-    Args:
-        values: ``"... value"``; the search is independent for every leading index.
-        grid: :class:`Grid`. counts: weight of each value, or ``None``.
+    Values ``"... value"`` are weighted with ``counts``, or alike; the search is independent for every leading index.
     """
     x = values.reshape(-1, values.shape[-1])
     # As many rows at a time as fit a cache. Torch adds up a single row, and rows that do not lie one after the other, in an

@@ -17,14 +17,10 @@ class TimeSteps:
     """The time steps of one call of the model: distinct values, and which sample has which.
 
     Args:
-        t: number, or tensor of one element or one for each sample; any unit. batch: number of samples.
+        t: number, or tensor of one element or one for each of ``batch`` samples; any unit. TDQError: another number of them.
 
     Attributes:
-        values: distinct time steps, as they were received, ascending floats. index: ``"batch"``, the value of each sample;
-            ``None`` if they share one.
-
-    Raises:
-        TDQError: ``t`` has neither 1 nor ``batch`` elements.
+        values: distinct, as received, ascending floats. index: ``"batch"``, the value of each sample; ``None``: they share one.
     """
 
     def __init__(self, t: float | torch.Tensor, batch: int):
@@ -47,13 +43,10 @@ class StepSize(nn.Module):
     """Where the step size of one activation quantizer comes from.
 
     ``forward(x, t, grid)`` takes the layer's input, the :class:`TimeSteps` of this call and the
-    :class:`tdq_utils.method.grid.Grid`, and returns one value, or one for each sample.
-
-    Attributes:
-        over_time: whether it depends on t, so that the call must be known.
+    :class:`tdq_utils.method.grid.Grid`, and returns one value ``""``, or one for each sample ``"batch"``.
     """
 
-    over_time = False
+    over_time = False  # whether it depends on t, so that the call must be known
 
     def settings(self) -> dict[str, Any]:
         """Keyword arguments that rebuild this source, less its tensors; JSON-able."""
@@ -62,6 +55,10 @@ class StepSize(nn.Module):
     def on(self, t: Sequence[float], nearest: bool = False) -> torch.Tensor:
         """The step sizes at time steps ``t``, ``"t"``, as they are in any batch; ``nearest``: a table may answer for others."""
         return self.s.detach().expand(len(t))
+
+    def forward(self, x: torch.Tensor, t: Any, grid: Grid) -> Any:
+        """Of a constant: itself, ``""``."""
+        return self.s
 
 
 class StaticStep(StepSize):
@@ -72,10 +69,6 @@ class StaticStep(StepSize):
     def __init__(self, s: float | torch.Tensor = 1.0):
         super().__init__()
         self.register_buffer("s", torch.as_tensor(s, dtype=torch.float32).clone())
-
-    def forward(self, x: torch.Tensor, t: TimeSteps | None, grid: Grid) -> torch.Tensor:
-        """The constant, shape ``""``."""
-        return self.s
 
 
 class LearnedStep(StepSize):
@@ -94,16 +87,9 @@ class LearnedStep(StepSize):
         """The same value for every time step of ``t``, ``"batch"``."""
         return self.s.expand(len(t))
 
-    def forward(self, x: torch.Tensor, t: TimeSteps | None, grid: Grid) -> torch.Tensor:
-        """The step size, shape ``""``."""
-        return self.s
-
 
 class DynamicStep(StepSize):
-    """The min-max step of the tensor at hand: per tensor, or per sample. Costs time at every call.
-
-    ``per``: ``"tensor"`` or ``"sample"``.
-    """
+    """The min-max step of the tensor at hand, ``per`` ``"tensor"`` or ``"sample"``. Costs time at every call."""
 
     def __init__(self, per: str = "tensor"):
         super().__init__()
@@ -114,15 +100,11 @@ class DynamicStep(StepSize):
         return dict(per=self.per)
 
     def interval(self, x: torch.Tensor, below: Any, above: Any) -> tuple[torch.Tensor, ...]:
-        """The min-max interval on the grid that each range asks for (:meth:`tdq_utils.method.grid.Grid.for_range`).
+        """The min-max interval of ``x`` on the grid that each range asks for (:meth:`tdq_utils.method.grid.Grid.for_range`).
 
-        All in tensors: nothing waits for a device, and a compiler sees one graph.
-
-        Args:
-            x: the layer's input. below, above: least and greatest level of the symmetric grid, numbers or tensors ``""``.
-
-        Returns:
-            Step size, least and greatest level, counted from the value 0; shapes that broadcast to ``x``.
+        ``below``, ``above``: least and greatest level of the symmetric grid, numbers or tensors ``""``. Returns step size, least
+        and greatest level, counted from the value 0; shapes that broadcast to ``x``. All in tensors: nothing waits for a
+        device, and a compiler sees one graph.
         """
         least, greatest = x.detach().reshape(1 if self.per == "tensor" else len(x), -1).float().aminmax(dim=1)
         symmetric = (least < SILU_MIN - 1e-3) | ((least < 0) & (greatest < -2 * SILU_MIN))
@@ -134,13 +116,7 @@ class DynamicStep(StepSize):
 
 
 class TableStep(StepSize):
-    """One value for each of a finite set of time steps, looked up by the value of t.
-
-    An entry also answers for a t that half precision has rounded, as long as it is nearer to it than to any other.
-
-    Args:
-        t: time steps, any unit. s: step sizes, one for each.
-    """
+    """One value ``s`` for each of a finite set of time steps ``t``, any unit, looked up by the value of t (:func:`nearest`)."""
 
     over_time = True
     t: torch.Tensor
@@ -161,10 +137,9 @@ class TableStep(StepSize):
     def on(self, t: Sequence[float], nearest: bool = False) -> torch.Tensor:
         """The entries at ``t``. TDQError: one is missing, and the ``nearest`` was not asked for."""
         if not nearest and (missing := set(t) - set(self.t.tolist())):
-            raise TDQError(
-                f"A table can be frozen only for the steps it was calibrated for; {len(missing)} of {len(t)} time steps are "
-                f"missing, t = {min(missing):g} among them. Calibrate with these steps, pass nearest=True, or use method='tdq'."
-            )
+            lost = f"{len(missing)} of {len(t)} time steps are missing, t = {min(missing):g} among them"
+            raise TDQError(f"A table can be frozen only for the steps it was calibrated for; {lost}. Calibrate with these steps, "
+                           "pass nearest=True, or use method='tdq'.")  # fmt: skip
         return torch.stack([self.s[(self.t - value).abs().argmin()] for value in t])
 
     def _row(self, value: float) -> int:
@@ -174,11 +149,8 @@ class TableStep(StepSize):
 
 
 def nearest(table: list[float], value: float) -> int:
-    """Row of an ascending table that answers for time step ``value``: the same number but for rounding to half precision.
-
-    Raises:
-        TDQError: none does.
-    """
+    """Row of an ascending table that answers for time step ``value``: the same number but for rounding to half precision, and
+    nearer to it than to any other. TDQError: there is none."""
     right = bisect_left(table, value)
     row = min((row for row in (right - 1, right) if 0 <= row < len(table)), key=lambda row: abs(table[row] - value))
     gaps = [abs(table[row] - table[other]) for other in (row - 1, row + 1) if 0 <= other < len(table)]

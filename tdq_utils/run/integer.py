@@ -10,8 +10,7 @@ from torch import nn
 
 from tdq_utils.errors import TDQError
 from tdq_utils.fit.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
-from tdq_utils.fit.quantize import checked_state
-from tdq_utils.run.runtime import Runner
+from tdq_utils.run.runtime import Runner, bits_on_grid
 
 INT8_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8"}  # instructions that add products of 8 bits in 32 bits
 
@@ -23,20 +22,13 @@ class IntegerRunner(Runner):
     One packed weight serves every t, because the interval of the activations enters as a number at each call. The layers
     that quantization left in full precision stay so, and so do norms, activation functions and the attention product.
 
-    Args, Attributes, Raises: as :class:`tdq_utils.run.runtime.Runner`; and
-
-    Raises:
-        TDQError: weights or activations are not quantized; halves of inputs are quantized apart; a kind of layer without an
-            integer kernel; a processor that is not x86, or weights of 8 bits where no instruction adds products of 8 bits.
+    Args, Attributes, TDQError: as :class:`tdq_utils.run.runtime.Runner`; and TDQError: weights or activations not quantized;
+    halves of inputs quantized apart; a kind of layer without an integer kernel; a processor that is not x86, or weights of
+    8 bits where no instruction adds products of 8 bits.
     """
 
     def __init__(self, model: nn.Module, scheduler: Any = None, steps: int | None = None, compiled: bool = True):
-        state = checked_state(model)
-        if state.weights is None or state.activations is None:
-            raise TDQError(
-                f"Integers need weights and activations on a grid; got W{state.weights}A{state.activations}. Quantize both."
-            )
-        _check_processor(state.weights)
+        _check_processor(bits_on_grid(model)[0])
         super().__init__(model, scheduler, steps, compiled)
 
     @staticmethod
@@ -59,37 +51,28 @@ to_integer = IntegerRunner  # sampled like any model: sample(to_integer(model), 
 
 def cpu_flags() -> set[str]:
     """Instruction sets of this processor, as Linux names them; empty where it does not say."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
     return set(next((line.split(":")[1].split() for line in lines if line.startswith("flags")), ()))
 
 
 def _check_processor(weight_bits):
     if platform.machine().lower() not in ("x86_64", "amd64"):
-        raise TDQError(
-            f"Integer kernels are there for x86-64; this processor is {platform.machine()}. Sample the frozen model: the "
-            "simulation gives the same images."
-        )
+        raise TDQError(f"Integer kernels are there for x86-64; this processor is {platform.machine()}. Sample the frozen model: "
+                       "the simulation gives the same images.")  # fmt: skip
     # Older instructions add two products in 16 bits: 2 * 255 * 64 fits, 2 * 255 * 128 does not.
     if not INT8_FLAGS & cpu_flags() and weight_bits == 8:
-        raise TDQError(
-            f"8-bit weights need one of {', '.join(sorted(INT8_FLAGS))}, or sums saturate; this processor has none. Quantize "
-            "weights to 7 bits or fewer, or sample the frozen model: the simulation."
-        )
+        raise TDQError(f"8-bit weights need one of {', '.join(sorted(INT8_FLAGS))}, or sums saturate; this processor has none. "
+                       "Quantize weights to 7 bits or fewer, or sample the frozen model: the simulation.")  # fmt: skip
     if not INT8_FLAGS & cpu_flags():
         warnings.warn("This processor has no 8-bit dot product: integers are right here, but not faster.", stacklevel=4)
 
 
 class IntegerConv2d(nn.Module):
-    """Quantize the input, multiply and add integers, return floats.
-
-    Args:
-        layer: frozen and quantized. quantizer: has ``levels(x)``, as :class:`tdq_utils.run.runtime.RowQuantizer`.
+    """Quantize the input with ``quantizer.levels(x)``, multiply and add integers, return floats.
 
     Attributes:
-        packed: weights as the kernel wants them, one byte each. weight_step: of each output channel.
+        packed: weights of the frozen ``layer`` as the kernel wants them, one byte each. weight_step: of each output channel.
     """
 
     weight_step: torch.Tensor
@@ -98,15 +81,13 @@ class IntegerConv2d(nn.Module):
 
     def __init__(self, layer: QuantizedLayer, quantizer: Any):
         super().__init__()
-        self.quantizer, self.geometry = quantizer, self.geometry_of(layer)
+        pixel = ([1, 1], [0, 0], [1, 1], 1)  # a linear layer's: strides, padding, dilation, groups
+        strided = type(layer) is QuantizedConv2d
+        self.geometry = (layer.stride, layer.padding, layer.dilation, layer.groups) if strided else pixel
+        self.quantizer = quantizer
         for name in ("weight_step", "weight_zero", "bias"):
             self.register_buffer(name, None)
         self.load(layer)
-
-    @staticmethod
-    def geometry_of(layer: Any) -> tuple[Any, ...]:
-        """Strides, padding, dilation, groups."""
-        return layer.stride, layer.padding, layer.dilation, layer.groups
 
     def load(self, layer: QuantizedLayer) -> None:
         """Take the weights of a frozen layer, as levels."""
@@ -121,31 +102,21 @@ class IntegerConv2d(nn.Module):
         """Floats: what the simulated layer gives, but for the last bits of its sums."""
         q, s, zero = self.quantizer.levels(x)
         if s.numel() == 1:
-            return self.kernel(q, s.reshape(()), zero.reshape(()), self.bias)
+            return self._kernel(q, s.reshape(()), zero.reshape(()), self.bias)
         # The kernel takes one interval. sum w s (q - zero) = s (sum w q - zero sum w), and the last sum knows the border.
         one, none = torch.ones((), device=x.device), torch.zeros((), dtype=torch.int32, device=x.device)
-        sums = self.kernel(torch.ones_like(q[:1]), one, none, None)
-        out = (self.kernel(q, one, none, None) - zero * sums) * s
+        sums = self._kernel(torch.ones_like(q[:1]), one, none, None)
+        out = (self._kernel(q, one, none, None) - zero * sums) * s
         return out if self.bias is None else out + self.bias.view(-1, 1, 1)
 
-    def kernel(self, q: torch.Tensor, s: torch.Tensor, zero: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def _kernel(self, q, s, zero, bias):
         """uint8 in, float32 out."""
-        weight = self.packed, self.weight_step, self.weight_zero
-        return torch.ops.onednn.qconv_pointwise.tensor(
-            q, s, zero, *weight, bias, *self.geometry, 1.0, 0, torch.float32, "none", [], ""
-        )
+        rest = bias, *self.geometry, 1.0, 0, torch.float32, "none", [], ""
+        return torch.ops.onednn.qconv_pointwise.tensor(q, s, zero, self.packed, self.weight_step, self.weight_zero, *rest)
 
 
 class IntegerLinear(IntegerConv2d):
-    """A matrix product of integers: a convolution over single pixels.
-
-    The kernel for matrices can be compiled with constant weights only (torch 2.13), this one with any.
-    """
-
-    @staticmethod
-    def geometry_of(layer: Any) -> tuple[Any, ...]:
-        """Of a convolution over single pixels."""
-        return [1, 1], [0, 0], [1, 1], 1
+    """A product as a convolution over pixels: the kernel for matrices compiles constant weights only (torch 2.13)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Floats ``"batch ... out"`` for floats ``"batch ... in"``."""

@@ -18,10 +18,10 @@ from torch import nn
 
 from tdq_utils.errors import TDQError
 from tdq_utils.fit.layers import QuantizedConv2d, QuantizedLinear
-from tdq_utils.fit.quantize import checked_state, full_precision, quantized_layers
+from tdq_utils.fit.quantize import full_precision, quantized_layers
 from tdq_utils.method.step_sizes import TimeSteps, nearest
 from tdq_utils.run.integer import INT8_FLAGS, cpu_flags
-from tdq_utils.run.runtime import RowQuantizer, Runner
+from tdq_utils.run.runtime import RowQuantizer, Runner, bits_on_grid
 
 if TYPE_CHECKING:
     import pandas
@@ -30,9 +30,8 @@ INTEGER = {"ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLi
 FLOAT = {"Conv", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul"}  # as onnxruntime names its kernels
 
 
-def export_onnx(
-    model: nn.Module, scheduler: Any, steps: int, path: str | Path, condition: dict[str, torch.Tensor] | None = None
-) -> None:
+def export_onnx(model: nn.Module, scheduler: Any, steps: int, path: str | Path,
+                condition: dict[str, torch.Tensor] | None = None) -> None:  # fmt: skip
     """Write a quantized model as an ONNX file with the inputs ``sample`` and ``timestep`` (one for
     the batch; a whole number, or a float if any visited t is fractional).
 
@@ -49,18 +48,15 @@ def export_onnx(
         path: of the file; it takes images of the model's size, in batches of any.
         condition: an example of the model's further arguments, two rows or more each: further inputs of the file.
 
-    Raises:
-        TDQError: not quantized and calibrated, or for other steps; weights or inputs without a grid; intervals that depend
-            on the input; halves of inputs quantized apart; other than linear and plain 2-D layers; onnx is not installed.
+    TDQError: not quantized and calibrated, or for other steps; weights or inputs without a grid; intervals that depend on the
+    input; halves of inputs quantized apart; other than linear and plain 2-D layers; onnx is not installed.
     """
-    state = checked_state(model)
-    if state.weights is None or state.activations is None:
-        raise TDQError(f"An export needs weights and inputs on a grid; got W{state.weights}A{state.activations}. Quantize both.")
+    bits, _ = bits_on_grid(model)
     runner, clock = Runner(model, scheduler, steps, compiled=False), SimpleNamespace(row=None)
     for name in quantized_layers(model):
         layer = runner.net.get_submodule(name)
         runner.net.set_submodule(name, _checked_kind(name, layer)(layer, runner.table, clock))
-    _write(_Timed(runner.net, clock, list(runner.rows)), path, condition or {}, state.weights)
+    _write(_Timed(runner.net, clock, list(runner.rows)), path, condition or {}, bits)
 
 
 def export_float(model: nn.Module, path: str | Path, condition: dict[str, torch.Tensor] | None = None) -> None:
@@ -70,7 +66,7 @@ def export_float(model: nn.Module, path: str | Path, condition: dict[str, torch.
 
 
 def _checked_kind(name, layer):
-    if type(layer.activation) is not RowQuantizer:
+    if type(layer.activation) is not RowQuantizer or layer.activation.step is not None:
         what = "two, for halves of its input" if layer.split else "one that depends on the input"
         raise TDQError(f"An export needs one interval for each layer and t; {name} has {what}. Quantize it otherwise.")
     if type(layer) is QuantizedLinear:
@@ -85,28 +81,23 @@ def _write(net, path, condition, weights=32):
     shape = (net.config.in_channels, *np.broadcast_to(net.config.sample_size, 2).tolist())
     rows = len(next(iter(condition.values()), (0, 0)))  # one row alone would be taken for a constant
     batch = {0: torch.export.Dim("batch", max=63)}  # diffusers copies tensors from 64 on: no difference to the file
+    inputs = torch.zeros(rows, *shape), torch.zeros((), dtype=net.timesteps.dtype)
     log = logging.getLogger("torch.onnx")
     with ExitStack() as quiet, torch.no_grad():  # no notes about packages and functions that nothing here uses
         quiet.enter_context(warnings.catch_warnings(action="ignore"))
         quiet.callback(log.setLevel, log.level)
         log.setLevel(logging.ERROR)
         program = torch.onnx.export(
-            net.eval().cpu(),
-            (torch.zeros(rows, *shape), torch.zeros((), dtype=net.timesteps.dtype)),
-            kwargs={"condition": condition},
-            input_names=["sample", "timestep", *condition],
+            net.eval().cpu(), inputs, kwargs={"condition": condition}, input_names=["sample", "timestep", *condition],
             dynamic_shapes={"sample": batch, "timestep": {}, "condition": dict.fromkeys(condition, batch)},
-            dynamo=True,  # the older exporter cannot be given nodes
-            verbose=False,
-        )
+            dynamo=True, verbose=False)  # fmt: skip  # the older exporter cannot be given nodes
     for node in program.model.graph:
         node.metadata_props.clear()  # where each came from: a third of the file, with paths of this machine
     program.model.metadata_props.update(timesteps=" ".join(map(repr, net.visited)), weights=str(weights))
     program.save(path)
 
 
-def _dtype(visited):
-    """Of the input that carries t."""
+def _dtype(visited):  # of the input that carries t
     return torch.int64 if all(float(t).is_integer() for t in visited) else torch.float32
 
 
@@ -197,12 +188,8 @@ class _Convolution(_Product):
 class OnnxModel(nn.Module):
     """A written file run by onnxruntime on the CPU, sampled like any model: ``sample(OnnxModel(path), scheduler, ...)``.
 
-    Args:
-        path: of the file. threads: default, those of torch.
-
-    Raises:
-        TDQError: onnxruntime is not installed; 8-bit weights where an x86 processor adds their products in 16 bits; at a
-            call, several t in a batch, or a t that the file has no interval for.
+    ``threads``: default, those of torch. TDQError: onnxruntime is not installed; 8-bit weights where an x86 processor adds
+    their products in 16 bits; at a call, several t in a batch, or a t that the file has no interval for.
     """
 
     def __init__(self, path: str | Path, threads: int | None = None):
@@ -231,13 +218,12 @@ class OnnxModel(nn.Module):
 def kernels(path: str | Path) -> "pandas.DataFrame":
     """The kernels that onnxruntime multiplies with on this machine: those in the file's graph after all fusions.
 
-    Returns:
-        DataFrame: ``kernel``, ``arithmetic`` (``"int8"`` or ``"float32"``), ``layers`` (``"quantized"`` or ``"full precision"``:
-        also products of activations), ``count``. A float32 kernel of a quantized layer is one that is fed by DequantizeLinear.
-
-    Raises:
-        TDQError: onnx or onnxruntime is not installed.
+    Columns ``kernel``, ``arithmetic`` ("int8" or "float32"), ``layers`` ("quantized" or "full precision": also products of
+    activations), ``count``. A float32 kernel of a quantized layer is one that is fed by DequantizeLinear. TDQError: onnx or
+    onnxruntime is not installed.
     """
+    import pandas as pd
+
     with tempfile.TemporaryDirectory() as folder:
         _session(path, 1, fused=f"{folder}/fused.onnx")
         nodes = _needed("onnx")[0].load(f"{folder}/fused.onnx").graph.node
@@ -248,8 +234,6 @@ def kernels(path: str | Path) -> "pandas.DataFrame":
             found[node.op_type, "int8", "quantized"] += 1
         elif node.op_type in FLOAT:
             found[node.op_type, "float32", "quantized" if dequantized & set(node.input) else "full precision"] += 1
-    import pandas as pd
-
     return pd.DataFrame([(*key, n) for key, n in sorted(found.items())], columns=["kernel", "arithmetic", "layers", "count"])
 
 

@@ -10,18 +10,14 @@ from torch import nn
 from tdq_utils.denoiser.sampling import timesteps
 from tdq_utils.errors import TDQError
 from tdq_utils.fit.layers import QuantizedLayer, SplitQuantizer
-from tdq_utils.fit.quantize import activation_quantizers, quantized_layers
+from tdq_utils.fit.quantize import activation_quantizers, checked_state, quantized_layers
 from tdq_utils.method.generator import StepGenerator
 from tdq_utils.method.grid import on_levels
 from tdq_utils.method.step_sizes import DynamicStep, TableStep, TimeSteps, nearest
 
 
 class Compiled(nn.Module):
-    """A model through ``torch.compile``, sampled like the model itself.
-
-    Args:
-        net: the model; it becomes a part of this one and is changed. compiled: or not, to compare.
-    """
+    """A model through ``torch.compile`` (``compiled=False``: not, to compare), sampled like ``net`` itself, which is changed."""
 
     def __init__(self, net: Any, compiled: bool = True):
         super().__init__()
@@ -44,8 +40,7 @@ class Compiled(nn.Module):
 class ChannelwiseGroupNorm(nn.GroupNorm):
     """A group norm that reduces each channel before it joins those of a group: the same but for last bits.
 
-    Groups of three channels, as after a concatenation, defeat the vectorization of torch's compiler: two such norms took a
-    quarter of the shipped model's time in integers.
+    Groups of three channels defeat torch's compiler: two such norms took a quarter of the shipped model's time in integers.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -67,16 +62,12 @@ class Runner(Compiled):
     No layer knows t or its bits, so that one compiled graph serves every step, and every setting of equal structure.
 
     Args:
-        model: calibrated, frozen or not; left as it is.
+        model: calibrated, frozen or not; left as it is. TDQError: it is neither, or calibrated per step at other steps.
         scheduler, steps: what the runner can be sampled with; default: what the model was frozen for.
         compiled: run through ``torch.compile`` (most of a minute at the first call, less time at every other).
 
     Attributes:
-        table: ``"t value quantizer"`` (:func:`interval_table`). now: its row in use, ``"value quantizer"``.
-        net: the copy of the model.
-
-    Raises:
-        TDQError: a model that is not quantized and calibrated, or calibrated per step at other steps.
+        table: ``"t value quantizer"`` (:func:`interval_table`). now: its row in use, ``"value quantizer"``. net: the copy.
     """
 
     table: torch.Tensor
@@ -85,12 +76,11 @@ class Runner(Compiled):
     def __init__(self, model: nn.Module, scheduler: Any = None, steps: int | None = None, compiled: bool = True):
         visited = _frozen_for(model) if scheduler is None else timesteps(scheduler, steps)
         table = interval_table(model, visited)
-        now = table[0].clone()
-        super().__init__(_copy(model, now, self.make_layer), compiled)
+        super().__init__(_copy(model, now := table[0].clone(), self.make_layer), compiled)
         self.rows = {float(t): row for row, t in enumerate(visited)}
-        self._moves: bool | None = None  # not known yet
         self.register_buffer("table", table)
         self.register_buffer("now", now)
+        self.moves = _moves(table)
 
     @staticmethod
     def make_layer(name: str, layer: QuantizedLayer, activation: nn.Module | None) -> nn.Module:
@@ -103,7 +93,7 @@ class Runner(Compiled):
         """Take over the weights and intervals of another calibrated model of equal structure, without compiling again."""
         self.table.copy_(interval_table(model, list(self.rows)))
         self.now.copy_(self.table[0])
-        self._moves, layers = None, quantized_layers(model)
+        self.moves, layers = _moves(self.table), quantized_layers(model)
         for name, layer in layers.items():
             self.load_layer(self.net.get_submodule(name), layer)
         mine, inside = self.net.state_dict(), tuple(f"{name}." for name in layers)
@@ -124,19 +114,25 @@ class Runner(Compiled):
             self.now.copy_(self.row(torch.as_tensor(timestep)))
         return super().forward(sample, timestep, **condition)
 
-    @property
-    def moves(self) -> bool:
-        """Whether any interval depends on t; if none does, nothing is looked up."""
-        if self._moves is None:
-            self._moves = not torch.equal(self.table, self.table[:1].expand_as(self.table))
-        return self._moves
-
     def row(self, timestep: torch.Tensor) -> torch.Tensor:
         """The row of the table, ``"value quantizer"``, of a call's time steps."""
         (t, *others), known = TimeSteps(timestep, timestep.numel()).values, sorted(self.rows)
         if others:
             raise TDQError(f"A runner takes one t a call; got {t:g} and {others[0]:g}. Call the frozen model itself.")
         return self.table[self.rows[t if t in self.rows else known[nearest(known, t)]]]
+
+
+def bits_on_grid(model: nn.Module) -> tuple[int, int]:
+    """Bits of weights and activations of a quantized model. TDQError: it is none, or either is in full precision."""
+    weights, activations = (state := checked_state(model)).weights, state.activations
+    if weights is None or activations is None:
+        raise TDQError(f"Integers need weights and activations on a grid; got W{weights}A{activations}. Quantize both.")
+    return weights, activations
+
+
+def _moves(table):
+    """Whether any interval depends on t; if none does, nothing is looked up."""
+    return not torch.equal(table, table[:1].expand_as(table))
 
 
 def _frozen_for(model):
@@ -148,15 +144,11 @@ def _frozen_for(model):
 
 
 def interval_table(model: nn.Module, visited: Sequence[float]) -> torch.Tensor:
-    """What every activation quantizer of a calibrated model needs at the time steps ``visited``.
+    """What every activation quantizer of a calibrated model needs at the time steps ``visited``: ``"t value quantizer"`` float32.
 
-    Returns:
-        Tensor ``"t value quantizer"`` float32 with three values: step size, least and greatest level, counted from the value 0
-        (``x_hat = s * clip(round(x / s), least, greatest)``). Of input-dependent intervals nothing is known before but their
-        number of levels below and above the middle.
-
-    Raises:
-        TDQError: the model is not calibrated, or calibrated per step at other steps.
+    The values: step size, least and greatest level, counted from 0 (``x_hat = s * clip(round(x / s), least, greatest)``).
+    Of input-dependent intervals nothing is known before but their number of levels below and above the middle.
+    TDQError: the model is not calibrated, or calibrated per step at other steps.
     """
     columns = [_column(quantizer, visited) for quantizer in activation_quantizers(model).values()]
     return torch.stack(columns, dim=2) if columns else torch.zeros(len(visited), 3, 0)
@@ -174,19 +166,19 @@ def _column(quantizer, visited):
 
 
 class RowQuantizer(nn.Module):
-    """Fake-quantizes with the interval in its column of the row in use.
+    """Fake-quantizes with the interval in ``column`` of the row in use, ``now``, ``"value quantizer"``.
 
-    Args:
-        now: ``"value quantizer"``, the row in use. column: of this quantizer.
+    If the interval depends on the input, ``step`` finds it, between the levels that the column holds.
     """
 
-    def __init__(self, now: torch.Tensor, column: int):
+    def __init__(self, now: torch.Tensor, column: int, step: DynamicStep | None = None):
         super().__init__()
-        self.now, self.column = now, column
+        self.now, self.column, self.step = now, column, step
 
     def interval(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Step size, least and greatest level, counted from the value 0; they broadcast to ``x``."""
-        return self.now[:, self.column].unbind()
+        s, least, greatest = self.now[:, self.column].unbind()
+        return (s, least, greatest) if self.step is None else self.step.interval(x, least, greatest)
 
     def forward(self, x: torch.Tensor, t: TimeSteps | None = None) -> torch.Tensor:
         """Levels times step size, shaped as ``x``."""
@@ -199,25 +191,11 @@ class RowQuantizer(nn.Module):
         return q.to(torch.uint8), s, (-least).to(torch.int32)
 
 
-class RangeQuantizer(RowQuantizer):
-    """Fake-quantizes with the min-max interval of the input at hand, as ``step`` finds it."""
-
-    def __init__(self, now: torch.Tensor, column: int, step: DynamicStep):
-        super().__init__(now, column)
-        self.step = step
-
-    def interval(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Step size, least and greatest level of each sample, or of all."""
-        _, below, above = self.now[:, self.column].unbind()
-        return self.step.interval(x, below, above)
-
-
 def _copy(model, now, make_layer):
     """A copy of the model that is not quantized, with layers made by ``make_layer`` whose quantizers read ``now``."""
     net, readers = copy.deepcopy(model), {}
     for column, quantizer in enumerate(activation_quantizers(net).values()):
-        dynamic = isinstance(quantizer.step, DynamicStep)
-        readers[quantizer] = RangeQuantizer(now, column, quantizer.step) if dynamic else RowQuantizer(now, column)
+        readers[quantizer] = RowQuantizer(now, column, quantizer.step if isinstance(quantizer.step, DynamicStep) else None)
     for name, layer in quantized_layers(net).items():
         activation = readers.get(layer.activation)
         if isinstance(layer.activation, SplitQuantizer):

@@ -190,12 +190,8 @@ def _reproduce_options(sub: ArgumentParser) -> None:
     sub.add_argument("--mix-threads", action="store_true", help="add to rows of another number of threads")
     few = sub.add_argument_group("quickstart")
     few.add_argument("--methods", nargs="*", help="how step sizes are chosen (default: minmax, mse, learned, table, tdq)")
-<<<<<<< HEAD
     few.add_argument("--weights", type=int, help="bits (default: 8)")
     few.add_argument("--activations", type=int, nargs="+", help="bits (default: 5 6)")
-=======
-    few.add_argument("--activations", type=int, nargs="+", default=[5, 6], help="bits")
->>>>>>> c-lab
     few.add_argument("--picture", type=Path, help="also draw drift and rescue, at the fewest bits")
     _numbers(few, weights=(8, "bits"))
 

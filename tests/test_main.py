@@ -114,7 +114,6 @@ def test_the_picture_shows_every_interval(unet, scheduler, monkeypatch, tmp_path
     assert main(["reproduce", "quickstart", "--steps", "2", "--picture", str(picture)]) == 0
     assert picture.stat().st_size > 10_000
     assert calls[0][2] == [("minmax", 8, 5), ("mse", 8, 5), ("tdq", 8, 5)]
-<<<<<<< HEAD
 
 
 @pytest.mark.parametrize("page", ["README.md", "data/README.md", "data/results/README.md", "data/models/fashion-mnist/README.md",
@@ -133,5 +132,3 @@ def test_make_reproduce_gives_every_table_its_threads():
     for name, threads in re.findall(r"call MEASURE,(\w+),(\d)", text):
         assert set(pd.read_csv(Path(__file__).parents[1] / f"data/results/{name}.csv").threads) == {int(threads)}
     assert text.count("call MEASURE,") == 5
-=======
->>>>>>> c-lab

@@ -71,14 +71,9 @@ class Table:
     def _file(self, key: Iterable, end: str) -> Path:
         """Its name holds what can be read of a key, and digits that tell apart what cannot."""
         self.folder.mkdir(parents=True, exist_ok=True)
-<<<<<<< HEAD
         text = "\n".join(map(str, key))
-        digits = hashlib.sha256(text.encode()).hexdigest()[:8]
+        digits = sha256(text.encode()).hexdigest()[:8]
         return self.folder / f"{re.sub('[^a-zA-Z0-9.-]+', '_', text)[:120]}-{digits}{end}"
-=======
-        text = "-".join(map(str, key))
-        return self.folder / f"{re.sub('[^a-zA-Z0-9.-]+', '_', text)[:120]}-{sha256(text.encode()).hexdigest()[:8]}{end}"
->>>>>>> c-lab
 
 
 def _write(path: Path, rows: Sequence[Row]) -> None:

@@ -32,12 +32,8 @@ def frames(draw: Callable[..., FigureBase], values: Iterable, label: str = "t") 
 
 
 def live(draw: Callable[..., FigureBase], **controls: w.ValueWidget) -> w.VBox:
-<<<<<<< HEAD
-    """A panel redrawn by the kernel whenever a control moves; ``draw`` takes the controls' values by their names."""
-=======
     """A panel redrawn by the kernel when a control moves; ``draw`` takes their values by name. For tests: its ``picture`` and
     ``controls``."""
->>>>>>> c-lab
     picture = w.Image(format="png", layout=w.Layout(align_self="flex-start"))  # as large as it is
 
     def redraw(change: object = None) -> None:

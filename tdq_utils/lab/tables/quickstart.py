@@ -49,18 +49,9 @@ def compare(model: nn.Module, scheduler: SchedulerMixin, settings: Sequence[Sett
         settings: list of ``(method, weights, activations)``, such as ``("tdq", 8, 5)``.
         profile: what calibration sees, to use instead of sampling the trajectories of ``CALIBRATION_SEEDS``.
 
-<<<<<<< HEAD
-    Returns:
-        ``(table, images)``: a row for ``("full precision", None, None)``, one for each setting, and one for real images (as
-        many of the training set: the floor), with the columns that :class:`tdq_utils.lab.fid.Distances` says and ``seconds``
-        (without calibration); and the images of each setting and of full precision. TDQError: no more images than features
-        (64), a seed that is also calibrated on.
-    """
-=======
     Returns ``(table, images)``: a row for ``("full precision", None, None)``, one for each setting, one for as many real images
     (the floor), with columns of :class:`tdq_utils.lab.fid.Distances` and ``seconds`` (without calibration); the images of all but
     the last. TDQError: no more images than features (64), a calibration seed that is also evaluated."""
->>>>>>> c-lab
     chosen = checked_seeds(seeds)
     jobs: dict[Setting, QuickJob] = {("full precision", None, None): QuickJob("full precision", steps=steps)}
     jobs |= {(method, w, a): QuickJob(method, w or 0, a or 0, steps=steps) for method, w, a in settings}

@@ -193,7 +193,6 @@ def _reproduce_options(sub: ArgumentParser) -> None:
     few.add_argument("--weights", type=int, help="bits (default: 8)")
     few.add_argument("--activations", type=int, nargs="+", help="bits (default: 5 6)")
     few.add_argument("--picture", type=Path, help="also draw drift and rescue, at the fewest bits")
-    _numbers(few, weights=(8, "bits"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

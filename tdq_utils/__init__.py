@@ -6,6 +6,7 @@ from typing import Any
 
 from tdq_utils.denoiser.loading import load_model
 from tdq_utils.denoiser.profile import Profile
+from tdq_utils.denoiser.record import record
 from tdq_utils.denoiser.recording import profile_activations
 from tdq_utils.denoiser.sampling import noise, sample, timesteps
 from tdq_utils.errors import DataError, TDQError

@@ -1,7 +1,7 @@
 """The one reader of a denoiser's call: which time step has each sample. What a call knows lives as long as the call."""
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -46,12 +46,38 @@ def read_times(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any])
     Time steps ``"batch token"`` (image to video) count by the noisiest token of each sample. TDQError: no time step, or a
     number of them that is neither 1 nor that of the samples.
     """
-    call, name = inspect.signature(model.forward).bind(*args, **kwargs).arguments, time_argument(model)
-    t, first = call.get(name), next(iter(call.values()))
-    if t is None:
-        raise TDQError(f"The model must be told the time step; got none. Call model(sample, {name}).")
+    sample, t, _ = read_call(model, args, kwargs)
+    return times_of(t, len(sample))
+
+
+def times_of(t: Any, batch: int) -> TimeSteps:
+    """The time steps of ``batch`` samples, from what the model is given as ``t``: as for :func:`read_times`."""
     t = torch.as_tensor(t)
-    return TimeSteps(t.flatten(1).amax(1) if t.dim() > 1 else t, batch=len(first))
+    return TimeSteps(t.flatten(1).amax(1) if t.dim() > 1 else t, batch)
+
+
+def read_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """A call ``model(*args, **kwargs)`` taken apart: ``(sample, t, others by name)``. TDQError: no time step."""
+    call, name = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments), time_argument(model)
+    if call.get(name) is None:
+        raise TDQError(f"The model must be told the time step; got none. Call model(sample, {name}).")
+    sample = call.pop(next(iter(call)))
+    more = (p.name for p in inspect.signature(model.forward).parameters.values() if p.kind is p.VAR_KEYWORD)
+    call |= call.pop(next(more, ""), {})
+    return sample, call.pop(name), call
+
+
+def predict(model: nn.Module, sample: Any, t: Any, condition: Mapping[str, Any]) -> torch.Tensor:
+    """What the model predicts; the inverse of :func:`read_call`: all by name, since the second argument need not be t."""
+    first = next(iter(inspect.signature(model.forward).parameters))
+    return prediction(model(**{first: sample, time_argument(model): t, **condition}))
+
+
+def each_tensor(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> Any:
+    """``tree``, nested lists, tuples and dicts as models are given them, with ``function`` applied to its tensors."""
+    from accelerate.utils import recursively_apply  # slow to import
+
+    return recursively_apply(function, tree)
 
 
 def device_of(model: nn.Module) -> torch.device:

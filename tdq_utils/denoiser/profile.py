@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 BINS = 4096  # over [-limit, limit], limit a power of two: 4 to 16 bins a step at 8 bits
 
 
-def bin_centres(limit: Any) -> np.ndarray:
+def bin_centres(limit: Any, bins: int = BINS) -> np.ndarray:
     """Centres of the bins of a histogram over [-limit, limit]; ``limit`` may be an array ``"..."``."""
-    return ((np.arange(BINS) + 0.5) * 2 / BINS - 1) * np.asarray(limit)[..., None]
+    return ((np.arange(bins) + 0.5) * 2 / bins - 1) * np.asarray(limit)[..., None]
 
 
 @dataclass
@@ -26,10 +26,12 @@ class Profile:
     """Activation statistics of the input of every layer at every time step.
 
     Attributes:
-        layers: dotted names, in the order of execution. t: time steps, descending, ``"step"``.
+        layers: dotted names, in the order of execution. t: time steps as the model received them, noise first, ``"step"``.
         least, greatest, mean, std: ``"layer step"`` float64, in the units of the activations.
-        counts: histogram ``"layer step bin"`` int64 over [-limit, limit]. limit: ``"layer step"`` float64.
+        counts: histogram ``"layer step bin"`` over [-limit, limit]; 4,096 bins, or fewer for many layers and t.
+            limit: ``"layer step"`` float64.
         model: fingerprint of the full-precision model that was recorded; "quantized"; "": not known.
+        carries_t: layers that only ever got one vector a sample: t or pooled conditions, no position of the sample.
     """
 
     layers: list[str]
@@ -41,14 +43,20 @@ class Profile:
     counts: np.ndarray
     limit: np.ndarray
     model: str = ""
+    carries_t: list[str] = field(default_factory=list)
     # What best_steps has searched for already: a profile does not change, and calibrators, drift and figures all ask.
     searched: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def bins(self) -> int:
+        """Bins of a histogram."""
+        return self.counts.shape[-1]
 
     def percentile(self, q: float) -> np.ndarray:
         """The q-th percentile (0..100) of the magnitude, ``"layer step"``, to the width of a bin."""
         if not 0 <= q <= 100:
             raise TDQError(f"A percentile must be from 0 to 100; got {q}.")
-        half = BINS // 2
+        half = self.bins // 2
         folded = self.counts[..., half:] + self.counts[..., half - 1 :: -1]
         share = folded.cumsum(-1) / folded.sum(-1, keepdims=True)
         upper_edge = ((share < q / 100) | (share == 0)).sum(-1) + 1
@@ -91,13 +99,13 @@ class Profile:
         """
         layer = self.row(layer)
         counts = self.counts[layer].reshape(len(self.t), -1, merge).sum(-1)
-        centres = bin_centres(self.limit[layer]).reshape(len(self.t), -1, merge).mean(-1)
+        centres = bin_centres(self.limit[layer], self.bins).reshape(len(self.t), -1, merge).mean(-1)
         used = counts.any(0)
         return torch.from_numpy(centres[:, used]).float(), torch.from_numpy(counts[:, used]).float()
 
     def finest_merge(self, layer: str | int, s: float | torch.Tensor, bins: int = 8) -> int:
         """How many bins can be joined so that a step of size ``s`` still spans at least ``bins`` of them."""
-        joined = float(s) / bins / (2 * self.limit[self.row(layer)].max() / BINS)
+        joined = float(s) / bins / (2 * self.limit[self.row(layer)].max() / self.bins)
         return 2 ** int(np.clip(np.floor(np.log2(joined)), 0, 6))
 
     def drift(self, bits: int = 5) -> "pd.DataFrame":
@@ -137,8 +145,9 @@ class Profile:
         """Read a profile that :meth:`save` wrote. DataError: missing, damaged, or something else."""
         try:
             with np.load(path) as data:
-                profile = Profile(**{**data, "layers": data["layers"].tolist(), "model": str(data.get("model", ""))})
-            if profile.counts.shape != (shape := (len(profile.layers), len(profile.t), BINS)):
+                names = {name: data[name].tolist() for name in ("layers", "carries_t") if name in data}
+                profile = Profile(**{**data, **names, "model": str(data.get("model", ""))})
+            if profile.counts.shape != (shape := (len(profile.layers), len(profile.t), profile.bins)):
                 raise ValueError(f"counts must have the shape {shape}, got {profile.counts.shape}")
             return profile
         except Exception as error:

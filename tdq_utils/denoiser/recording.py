@@ -1,5 +1,6 @@
-"""Record activation ranges over (layer, t) while a model samples, and measure how far they drift."""
+"""Record activation statistics over (layer, t) while a model runs: histograms of layers' inputs, in bounded memory."""
 
+import itertools
 from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from tdq_utils.errors import TDQError
 from tdq_utils.method.step_sizes import StepSize
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+MEMORY = 2**28  # bytes of all histograms together; past it, neighbouring bins are joined: 1,024 are left for 800 layers x 50 t
 
 
 class Histogram:
@@ -24,19 +26,29 @@ class Histogram:
     It is a power of two and pairs of bins merge, so the counts do not depend on how the values were split into batches.
     """
 
-    def __init__(self) -> None:
-        self.counts, self.limit = np.zeros(BINS, dtype=np.int64), 2.0**-100
+    def __init__(self, bins: int = BINS) -> None:
+        self.counts, self.limit, self.total = np.zeros(bins, dtype=np.int32), 2.0**-100, 0
 
     def add(self, x: torch.Tensor, greatest: float) -> None:
         """Count the values of tensor ``x``, none of which exceeds ``greatest`` in magnitude."""
-        empty = not self.counts.any()  # then there is nothing to merge: most doublings are for the first batch
+        bins, empty = len(self.counts), not self.total  # then there is nothing to merge: most doublings are for the first batch
         while greatest >= self.limit:
             self.limit *= 2
             if not empty:
-                self.counts = np.pad(self.counts.reshape(-1, 2).sum(1), BINS // 4)
+                self.counts = np.pad(self._joined(), bins // 4)
+        self.total += x.numel()
+        if self.total >= 2**31:
+            self.counts = self.counts.astype(np.int64)
         # Scaling by a power of two and floor are exact: no value changes its bin when the limit doubles. 16 bits hold a bin.
-        index = _flat(x).mul(BINS / 2 / self.limit).floor_().add_(BINS // 2).to(torch.int16)
-        self.counts += torch.bincount(index, minlength=BINS).cpu().numpy()
+        index = _flat(x).mul(bins / 2 / self.limit).floor_().add_(bins // 2).to(torch.int16)
+        self.counts += torch.bincount(index, minlength=bins).cpu().numpy().astype(self.counts.dtype)
+
+    def halve(self) -> None:
+        """Join pairs of bins."""
+        self.counts = self._joined()
+
+    def _joined(self):
+        return self.counts.reshape(-1, 2).sum(1, dtype=self.counts.dtype)
 
 
 def _flat(x):
@@ -47,11 +59,12 @@ def _flat(x):
 class _Cell:
     """Running statistics of one layer at one t."""
 
-    def __init__(self):
+    def __init__(self, bins):
         self.least, self.greatest, self.total, self.squares, self.count = np.inf, -np.inf, 0.0, 0.0, 0
-        self.histogram = Histogram()
+        self.histogram, self.vectors = Histogram(bins), True
 
-    def add(self, x):
+    def add(self, x, batch):
+        self.vectors &= x.dim() == 2 and len(x) == batch
         x = _flat(x)  # reductions over 4 axes are several times slower
         least, greatest = (float(v) for v in x.aminmax())
         if not np.isfinite([least, greatest]).all():
@@ -63,23 +76,43 @@ class _Cell:
         self.histogram.add(x, max(-least, greatest))
 
 
+class Cells(dict[tuple[str, float], Any]):
+    """``{(layer, t): statistics}``, in the order in which they were first met."""
+
+    bins = BINS
+
+    def add(self, layer: str, t: float, x: torch.Tensor, batch: int) -> None:
+        """Count the values of an input ``x`` of a layer, in a call of ``batch`` samples at t."""
+        if (layer, t) not in self:
+            if (len(self) + 1) * self.bins * 4 > MEMORY:
+                self.bins //= 2
+                for cell in self.values():
+                    cell.histogram.halve()
+            self[layer, t] = _Cell(self.bins)
+        self[layer, t].add(x, batch)
+
+
 @contextmanager
 def recording(model: nn.Module, layers: Container[str] | None = None,
-              parts: dict[str, dict[str, slice]] | None = None) -> Iterator[dict[tuple[str, float], _Cell]]:  # fmt: skip
+              parts: dict[str, dict[str, slice]] | None = None) -> Iterator[Cells]:  # fmt: skip
     """While open, count the inputs of the model's conv and linear layers; the hooks are gone afterwards.
 
-    Yields a dict ``{(layer, t): statistics}`` that :func:`as_profile` turns into a :class:`Profile`. The time step of each
-    call is read from the call itself. ``parts`` maps layers to named ranges of channels that are counted apart.
+    Yields :class:`Cells`, which :func:`as_profile` turns into a :class:`Profile`. The time step of each call is read from
+    the call itself. ``parts`` maps layers to named ranges of channels that are counted apart. What a compiled model does
+    cannot be seen: while open, it runs uncompiled.
     """
-    cells: dict[tuple[str, float], _Cell] = {}
+    cells = Cells()
 
     def see_input(name):
         def hook(module, args):
-            (t, *others), x = now().values, args[0].detach()
+            times, x = now(), args[0].detach()
+            if times is None or not x.numel():  # called by itself, at no t
+                return
+            t, *others = times.values
             if others:
                 raise TDQError(f"All samples of a profiled call must share one t; got {t:g} and {others[0]:g}.")
             for part, channels in (parts or {}).get(name, {name: ...}).items():
-                cells.setdefault((part, t), _Cell()).add(x if channels is ... else x[:, channels])
+                cells.add(part, t, x if channels is ... else x[:, channels], times.batch)
 
         return hook
 
@@ -90,34 +123,50 @@ def recording(model: nn.Module, layers: Container[str] | None = None,
         for name, module in model.named_modules():
             if isinstance(module, LAYERS) and not name.startswith(inside) and (layers is None or name in layers):
                 handles.append(module.register_forward_pre_hook(see_input(name)))
-        yield cells
+        with torch.compiler.set_stance("force_eager"):
+            yield cells
     finally:
         for handle in handles:
             handle.remove()
 
 
-def as_profile(cells: dict[tuple[str, float], _Cell], model: str = "") -> Profile:
-    """Statistics ``{(layer, t): cell}`` -> :class:`Profile`; ``model``: fingerprint of the one that was recorded."""
-    layers, times = list(dict.fromkeys(layer for layer, _ in cells)), sorted({t for _, t in cells}, reverse=True)
+def as_profile(cells: Cells, model: str = "") -> Profile:
+    """Statistics -> :class:`Profile`, which takes over the histograms; ``model``: fingerprint of the one that was recorded."""
+    layers, times = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
+    rises = sum(later > earlier for earlier, later in itertools.pairwise(times))
+    times.sort(reverse=2 * rises < len(times))  # in the direction of sampling, though a later run may have met others
+    if missing := next(((layer, t) for layer in layers for t in times if (layer, t) not in cells), None):
+        raise TDQError(f"Every recorded layer must run at every t; {missing[0]} did not at t = {missing[1]:g}. Turn off caches "
+                       "that skip layers, or record other layers=.")  # fmt: skip
 
     def table(get):
         return np.array([[get(cells[layer, t]) for t in times] for layer in layers])
 
     least, greatest, mean = table(lambda c: c.least), table(lambda c: c.greatest), table(lambda c: c.total / c.count)
     std = np.sqrt(np.maximum(table(lambda c: c.squares / c.count) - mean**2, 0))
-    counts, limit = table(lambda c: c.histogram.counts), table(lambda c: c.histogram.limit)
-    return Profile(layers, np.array([number(t) for t in times]), least, greatest, mean, std, counts, limit, model)
+    limit, vectors = table(lambda c: c.histogram.limit), table(lambda c: c.vectors).all(1)
+    kinds = {cell.histogram.counts.dtype for cell in cells.values()}
+    counts = np.zeros((*limit.shape, cells.bins), max(kinds, key=lambda kind: kind.itemsize))
+    for place in np.ndindex(*limit.shape):  # one after the other, so that nothing is in memory twice
+        counts[place] = cells.pop((layers[place[0]], times[place[1]])).histogram.counts
+    # Where all layers get vectors, as in a model of points in the plane, that says nothing.
+    carries_t = [] if vectors.all() else [layer for layer, only in zip(layers, vectors, strict=True) if only]
+    return Profile(layers, np.array([number(t) for t in times]), least, greatest, mean, std, counts, limit, model, carries_t)
+
+
+def made_by(model: nn.Module) -> str:
+    """What a profile says of its model: the fingerprint; "quantized": it does not serve to choose step sizes."""
+    return "quantized" if hasattr(model, "quantization") else fingerprint(model)
 
 
 def profile_activations(model: nn.Module, scheduler: Any, seeds: int | Iterable[int] = range(64), steps: int = 50,
                         layers: Container[str] | None = None, **sampling: Any) -> Profile:  # fmt: skip
     """Record the input of every conv and linear layer along the model's own sampling trajectory.
 
-    No activation is kept, but running sums and one histogram for each (layer, t): memory does not grow with the images.
-    ``layers``: dotted names to record, default all; the rest, and ``sampling``, as for
+    No activation is kept, but running sums and one histogram for each (layer, t): memory does not grow with the images, and
+    histograms take at most 256 MiB. ``layers``: dotted names to record, default all; the rest, and ``sampling``, as for
     :func:`tdq_utils.denoiser.sampling.sample`. TDQError: activations are not finite.
     """
     with recording(model, layers) as cells:
         sample(model, scheduler, seeds, steps, pad=False, **sampling)  # an image that fills a batch must not count
-    # The inputs of a quantized model's layers are not those to choose its step sizes by.
-    return as_profile(cells, "quantized" if hasattr(model, "quantization") else fingerprint(model))
+    return as_profile(cells, made_by(model))

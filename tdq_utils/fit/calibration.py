@@ -9,15 +9,16 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from tdq_utils.denoiser.call import device_of
+from tdq_utils.denoiser.call import device_of, predict
 from tdq_utils.denoiser.profile import Profile
+from tdq_utils.denoiser.record import Calls
 from tdq_utils.denoiser.recording import as_profile, recording
 from tdq_utils.errors import TDQError, check
 from tdq_utils.fit import reconstruction
 from tdq_utils.fit.calibration_set import CalibrationSet, check_eval, check_made_by, skewed_density
 from tdq_utils.fit.loop import descend
-from tdq_utils.fit.quantize import DYNAMIC, activation_quantizers, checked_state, full_precision, quantized_layers
-from tdq_utils.method.generator import StepGenerator
+from tdq_utils.fit.quantize import DYNAMIC, activation_quantizers, checked_state, full_precision, keep_too, quantized_layers
+from tdq_utils.method.generator import StepGenerator, unit_of
 from tdq_utils.method.grid import mse_step, squared_error
 from tdq_utils.method.step_sizes import DynamicStep, LearnedStep, StaticStep, StepSize, TableStep
 
@@ -25,7 +26,7 @@ OPTIONS = dict(iterations="count", rate="positive", momentum="share", follow="sh
 
 
 def calibrate(model: nn.Module, scheduler: Any = None, seeds: int | Iterable[int] | None = None, steps: int | None = None,
-              method: str | None = None, data: CalibrationSet | None = None, profile: Profile | None = None,
+              method: str | None = None, data: CalibrationSet | Calls | None = None, profile: Profile | None = None,
               reconstruct: str = "input", weights_method: str | None = None, shifted: bool = True, progress: bool = True,
               **options: Any) -> None:  # fmt: skip
     """Choose the step size of every quantized layer's input from full-precision activations.
@@ -46,7 +47,7 @@ def calibrate(model: nn.Module, scheduler: Any = None, seeds: int | Iterable[int
         scheduler, seeds, steps: a short way to ``data``, as for :func:`tdq_utils.denoiser.sampling.sample` (default: 64 images,
             20 steps); of ``options``, ``batch_size`` and ``condition`` belong to it, too.
         method: default, the one that :func:`tdq_utils.fit.quantize.quantize` was given.
-        data: the :class:`tdq_utils.fit.calibration_set.CalibrationSet` to run the model on.
+        data: the :class:`tdq_utils.fit.calibration_set.CalibrationSet` to run the model on, or the inputs of a recording.
         profile: of this model, instead of data; beside it where ``reconstruct`` or ``weights_method`` needs samples.
         reconstruct: for "learned" and "tdq", the error that is descended: of each layer's ``"input"``, or after that
             of each ``"block"``'s output or of the predicted ``"noise"`` (:func:`tdq_utils.fit.reconstruction.refine`).
@@ -76,8 +77,9 @@ def calibrate(model: nn.Module, scheduler: Any = None, seeds: int | Iterable[int
             quantizer.step = DynamicStep(DYNAMIC[method]).eval()
     elif chooses:
         skewed = profile is None and source.at == "skewed"  # then t has its weight already
-        chooser = CHOOSERS["mse" if method == "ptq4dm" and skewed else method]
-        _choose(model, chooser, profile or profile_set(model, source), shifted, progress, options)
+        chooser, profile = CHOOSERS["mse" if method == "ptq4dm" and skewed else method], profile or profile_set(model, source)
+        keep_too(model, profile.carries_t, "measured: gets one vector a sample, so t or pooled conditions")
+        _choose(model, chooser, profile, shifted, progress, options)
     state.method = method
     if reconstruct != "input":
         reconstruction.refine(model, source, reconstruct, progress=progress)
@@ -127,13 +129,13 @@ def _source(model, scheduler, making, data, profile, samples, chooses, progress)
     return CalibrationSet.collect(model, scheduler, progress=progress, **making)
 
 
-def profile_set(model: nn.Module, data: CalibrationSet, batch_size: int = 16) -> Profile:
+def profile_set(model: nn.Module, data: CalibrationSet | Calls, batch_size: int = 16) -> Profile:
     """The :class:`tdq_utils.denoiser.profile.Profile` of a quantized model's layers, in full precision, on a calibration set."""
     parts = {name: layer.activation.parts(name) for name, layer in quantized_layers(model).items() if layer.split}
     device = device_of(model)
     with full_precision(model), torch.no_grad(), recording(model, set(quantized_layers(model)), parts) as cells:
-        for x_t, t, condition in data.batches(batch_size, device):
-            model(x_t, t, **condition)
+        for batch in data.batches(batch_size, device):
+            predict(model, *batch)
     return as_profile(cells, data.model)
 
 
@@ -201,7 +203,7 @@ def _learned(p, iterations=100, rate=5e-3, seed=0, start="mse"):
 
 
 def _tdq(p, iterations=100, rate=5e-3, seed=0, start="mse", follow=0.5, **generator):
-    return fit(p, partial(StepGenerator, **generator), iterations, rate, start, follow)
+    return fit(p, partial(StepGenerator, **unit_of(p.t), **generator), iterations, rate, start, follow)
 
 
 def _start(p, rule):

@@ -32,6 +32,7 @@ class Quantization:
         weights, activations: bits, or ``None`` for full precision. method: one of ``METHODS``.
         weights_per: ``"channel"`` or ``"tensor"``. kept: layers left in full precision, each with the reason.
         split_skips: whether the halves of concatenated inputs have quantizers of their own.
+        asked: whether ``keep`` was given, so that calibration adds nothing to ``kept``.
         names: of the quantized layers. handles: hooks on the model that follow its calls.
         visited: the time steps that calibration saw. frozen: whether :func:`freeze` has run.
         aside: what quantizes the layers, by name, while the model is in full precision, else ``None``.
@@ -45,6 +46,7 @@ class Quantization:
     weights_per: str
     kept: dict[str, str]
     split_skips: bool = False
+    asked: bool = False
     names: list[str] = field(default_factory=list, repr=False)
     handles: list[RemovableHandle] = field(default_factory=list, repr=False)
     visited: list[float] = field(default_factory=list, repr=False)
@@ -98,7 +100,9 @@ def quantize(model: Any, weights: int | None = 8, activations: int | None = 8, m
         quantizer = _new_quantizer(layer, activations, method, split)
         added[name] = dict(weight_grid=grid, weight_step=step, activation=quantizer, split=split)
     found = {name: (parameter.requires_grad, parameter.grad) for name, parameter in model.named_parameters()}
-    model.quantization = Quantization(weights, activations, method, weights_per, kept, split_skips, list(chosen), found=found)
+    model.quantization = Quantization(
+        weights, activations, method, weights_per, kept, split_skips, keep is not None, list(chosen), found=found
+    )
     _put_on(model, added)
 
 
@@ -126,6 +130,15 @@ def _take_off(model):
     for handle in state.handles:
         handle.remove()
     return added
+
+
+def keep_too(model: nn.Module, names: Iterable[str], reason: str) -> None:
+    """Leave further layers in full precision, those of ``names`` that are quantized; unless ``keep`` was given to quantize."""
+    state, layers_now = checked_state(model), quantized_layers(model)
+    for name in () if state.asked else set(names) & set(state.names):
+        layers.detach(layers_now[name])
+        state.names.remove(name)
+        state.kept[name] = reason
 
 
 def _check_path(model, args):

@@ -1,5 +1,6 @@
 """Learn on a calibration set: step sizes by the outputs of blocks or of the model, and how weights are rounded."""
 
+import re
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -7,18 +8,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from tdq_utils.denoiser.call import at_times, device_of
+from tdq_utils.denoiser.call import at_times, device_of, predict, times_of
+from tdq_utils.denoiser.record import Calls
 from tdq_utils.errors import TDQError, check
 from tdq_utils.fit.calibration_set import CalibrationSet
 from tdq_utils.fit.layers import QuantizedLayer
 from tdq_utils.fit.loop import descend
 from tdq_utils.fit.quantize import activation_quantizers, checked_state, full_precision, quantized_layers, round_weights
 from tdq_utils.method.generator import StepGenerator
-from tdq_utils.method.step_sizes import LearnedStep, TimeSteps
+from tdq_utils.method.step_sizes import LearnedStep
 
 TARGETS = ("block", "noise")
-# The units of reconstruction, as in BRECQ (Li et al. 2021): residual blocks, attention, resampling.
-BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock", "Attention", "Downsample2D", "Upsample2D")
+# The units of reconstruction, as in BRECQ (Li et al. 2021): residual and transformer blocks, attention, resampling.
+BLOCKS = re.compile(r"(TransformerBlock|Attention)$|^(ResnetBlock2D|Downsample2D|Upsample2D)$")
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -26,12 +28,12 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
     units = {}
     for layer in quantized_layers(model):
         ancestors = [layer[:i] for i, letter in enumerate(layer) if letter == "."]
-        unit = next((name for name in ancestors if type(model.get_submodule(name)).__name__ in BLOCKS), layer)
+        unit = next((name for name in ancestors if BLOCKS.search(type(model.get_submodule(name)).__name__)), layer)
         units[unit] = model.get_submodule(unit)
     return units
 
 
-def refine(model: nn.Module, data: CalibrationSet, target: str = "block", iterations: int = 200, rate: float = 1e-3,
+def refine(model: nn.Module, data: CalibrationSet | Calls, target: str = "block", iterations: int = 200, rate: float = 1e-3,
            batch_size: int = 16, seed: int = 0, progress: bool = True) -> list[float]:  # fmt: skip
     """Descend the error of outputs instead of inputs: go on with the step sizes that "learned" or "tdq" chose.
 
@@ -70,15 +72,13 @@ def _learn(model, data, loss, parameters, title, iterations, rate, batch_size, s
 
 
 def _noise_error(model, batch):
-    x_t, t, condition = batch
     with full_precision(model), torch.no_grad():
-        expected = model(x_t, t, **condition).sample
-    return (model(x_t, t, **condition).sample - expected).square().mean() / expected.var()
+        expected = predict(model, *batch)
+    return (predict(model, *batch) - expected).square().mean() / expected.var()
 
 
 def _block_error(model, batch):
     """Mean over blocks of the squared error of the block's output, relative to the variance of that output."""
-    x_t, t, condition = batch
     units, seen = blocks(model), {}
 
     def keep(name, module, args, kwargs, output):
@@ -88,13 +88,20 @@ def _block_error(model, batch):
         for name in units:  # a unit that is a single layer is another module while the model is in full precision
             handle = model.get_submodule(name).register_forward_hook(partial(keep, name), with_kwargs=True)
             hooks.callback(handle.remove)
-        model(x_t, t, **condition)
-    with at_times(TimeSteps(t, len(x_t))):  # blocks are called without the model around them
-        errors = [
-            (units[name](*args, **kwargs) - expected).square().mean() / expected.var().clamp_min(1e-12)
+        predict(model, *batch)
+    with at_times(times_of(batch[1], len(batch[0]))):  # blocks are called without the model around them
+        pairs = [
+            pair
             for name, (args, kwargs, expected) in seen.items()
+            for pair in zip(_tensors(units[name](*args, **kwargs)), _tensors(expected), strict=True)
         ]
+        errors = [(got - expected).square().mean() / expected.var().clamp_min(1e-12) for got, expected in pairs]
     return torch.stack(errors).mean()
+
+
+def _tensors(output):
+    """The tensors of a block's output: some give text and image tokens."""
+    return [output] if isinstance(output, torch.Tensor) else [part for part in output if isinstance(part, torch.Tensor)]
 
 
 class SoftRounding(nn.Module):
@@ -127,7 +134,7 @@ class SoftRounding(nn.Module):
         return (1 - (2 * self.h - 1).abs().pow(beta)).mean()
 
 
-def adaround(model: nn.Module, data: CalibrationSet, iterations: int = 400, rate: float = 1e-2, batch_size: int = 16,
+def adaround(model: nn.Module, data: CalibrationSet | Calls, iterations: int = 400, rate: float = 1e-2, batch_size: int = 16,
              weight: float = 0.01, seed: int = 0, progress: bool = True) -> list[float]:  # fmt: skip
     """Learn whether each weight is rounded up or down, by the outputs of blocks; activations stay in full precision.
 

@@ -43,24 +43,41 @@ class RawTime(nn.Module):
         return t.float()[:, None] / 1000
 
 
+def unit_of(t: Any) -> dict[str, float]:
+    """``origin`` and ``unit`` for a :class:`StepGenerator`, by the time steps ``"t"`` that a model was told, noise first.
+
+    What runs from 0 to about 1000 stays, ``(0, 1)``; [0, 1] is stretched, ``(0, 1000)``, and turned round where noise is 0,
+    ``(1, -1000)``; anything else, as the logarithm of a noise level, so that it fills 0..1000.
+    """
+    first, last = float(t[0]), float(t[-1])
+    low, high = min(first, last), max(first, last)
+    if low >= 0 and 1.5 < high <= 1024:
+        return {}
+    if low >= 0 and high <= 1:
+        return dict(origin=0.0, unit=1000.0) if first >= last else dict(origin=1.0, unit=-1000.0)
+    return dict(origin=last, unit=1000.0 / (first - last)) if first != last else {}
+
+
 class StepGenerator(StepSize):
     """The TDQ module: ``s(t) = softplus(MLP(enc(t)))`` (So et al. 2023, section 4).
 
-    He-initialized, with a last bias that makes s(t) start near ``s_0`` for every t.
+    He-initialized, with a last bias that makes s(t) start near ``s_0`` for every t. The network sees ``(t - origin) * unit``:
+    0..1000, noise at 1000, whatever the model is told (:func:`unit_of`).
 
     Args:
         s_0: positive step size to start from, usually the static MSE-optimal one.
         features: :class:`FourierFeatures` (default) or :class:`RawTime`.
         depth: linear layers, at least 1 (paper: 4). hidden: their width (paper: 64).
         dropout: before the last layer, in training only (authors' code: 0.2).
-        scaled: with a learned factor, as :meth:`learn_scale` adds it.
+        scaled: with a learned factor, as :meth:`learn_scale` adds it. origin, unit: of t.
     """
 
     over_time = True
 
     def __init__(self, s_0: Any = 1.0, features: nn.Module | None = None, depth: int = 4, hidden: int = 64,
-                 dropout: float = 0.2, scaled: bool = False):  # fmt: skip
+                 dropout: float = 0.2, scaled: bool = False, origin: float = 0.0, unit: float = 1.0):  # fmt: skip
         super().__init__()
+        self.origin, self.unit = origin, unit
         if not s_0 > 0:
             raise TDQError(f"s_0 must be positive; got {s_0}.")
         self.features = features or FourierFeatures()
@@ -84,11 +101,12 @@ class StepGenerator(StepSize):
             self.log_scale = nn.Parameter(torch.zeros((), device=self.mlp[-1].bias.device))
 
     def settings(self) -> dict[str, Any]:
-        """Width of the features (1: raw t), depth, hidden width, dropout, and whether there is a learned factor."""
+        """Width of the features (1: raw t), depth, hidden width, dropout; if not as always, learned factor, unit of t."""
         linears = [layer for layer in self.mlp if isinstance(layer, nn.Linear)]
         width, hidden = linears[0].in_features, linears[-1].in_features
-        scale = {} if self.log_scale is None else dict(scaled=True)
-        return dict(width=width, depth=len(linears), hidden=hidden, dropout=self.mlp[-2].p, **scale)
+        further: dict[str, Any] = {} if self.log_scale is None else dict(scaled=True)
+        further |= {} if (self.origin, self.unit) == (0, 1) else dict(origin=self.origin, unit=self.unit)
+        return dict(width=width, depth=len(linears), hidden=hidden, dropout=self.mlp[-2].p, **further)
 
     @torch.no_grad()
     def _initialize(self, s_0):
@@ -103,7 +121,7 @@ class StepGenerator(StepSize):
 
     def at(self, t: torch.Tensor) -> torch.Tensor:
         """s(t) for time steps ``"batch"`` -> ``"batch"``, positive; differentiable in the weights."""
-        s = F.softplus(self.mlp(self.features(t))).squeeze(1).clamp_min(1e-8)
+        s = F.softplus(self.mlp(self.features((t - self.origin) * self.unit))).squeeze(1).clamp_min(1e-8)
         return s if self.log_scale is None else s * self.log_scale.exp()
 
     def forward(self, x: torch.Tensor, t: TimeSteps, grid: Grid) -> torch.Tensor:

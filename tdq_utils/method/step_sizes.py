@@ -21,6 +21,7 @@ class TimeSteps:
 
     Attributes:
         values: distinct, as received, ascending floats. index: ``"batch"``, the value of each sample; ``None``: they share one.
+        batch: number of samples.
     """
 
     def __init__(self, t: float | torch.Tensor, batch: int):
@@ -30,6 +31,7 @@ class TimeSteps:
         values, index = t.cpu().double().unique(return_inverse=True)
         self.values: list[float] = values.tolist()
         self.index: torch.Tensor | None = None if len(values) == 1 else index
+        self.batch = batch
 
     def spread(self, per_value: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
         """Entries ``"distinct"``, in the order of ``values`` -> the one entry ``""``, or ``"batch"``."""

@@ -74,7 +74,7 @@ def _quantile(profile: Profile, layer: int, q: float) -> np.ndarray:
     """The q-th quantile (0..1) of one layer's values at each t, ``"step"``."""
     counts = profile.counts[layer]
     share = counts.cumsum(1) / counts.sum(1, keepdims=True)
-    return np.take_along_axis(bin_centres(profile.limit[layer]), (share < q).sum(1)[:, None], axis=1)[:, 0]
+    return np.take_along_axis(bin_centres(profile.limit[layer], profile.bins), (share < q).sum(1)[:, None], axis=1)[:, 0]
 
 
 def range_boxes(profile: Profile, layer: str) -> FigureBase:
@@ -107,7 +107,7 @@ def histogram_with_grid(profile: Profile, layer: str, t: int, bits: int = 5, s: 
     s = torch.as_tensor(profile.best_steps(layer, bits)[0] if s is None else s, dtype=torch.float32)
     ticks, half = levels(s, grid), s.item() / 2
     share = profile.counts[i, step] / profile.counts[i, step].sum()
-    centres, limit = bin_centres(profile.limit[i, step]), profile.limit[i, step]
+    centres, limit = bin_centres(profile.limit[i, step], profile.bins), profile.limit[i, step]
     outside = (centres < ticks[0] - half) | (centres > ticks[-1] + half)
     wide = int(min(8 * profile.limit[i].max() / limit, len(share) // 16))  # bins to a bar; limits are powers of two
     edges = np.linspace(-1, 1, len(share) // wide + 1) * limit

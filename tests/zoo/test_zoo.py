@@ -45,7 +45,7 @@ def test_the_whole_life_of_a_quantized_model(family, calls):
     with recording(model) as cells:
         outputs(model, calls)
     profile = as_profile(cells)
-    assert profile.t.tolist() == pytest.approx(sorted(family.times, reverse=True))
+    assert profile.t.tolist() == pytest.approx(list(family.times))
 
     quantize(model, 4, 8, "table")
     assert [name for name in family.carries_t if name not in model.quantization.kept] == []
@@ -53,14 +53,15 @@ def test_the_whole_life_of_a_quantized_model(family, calls):
     for name, layer in quantized_layers(model).items():
         layer.register_forward_hook(lambda layer, args, out, name=name: seen.update({name: (layer, args[0], out)}))
     calibrate(model, profile=profile, progress=False)
-    assert model.quantization.visited == pytest.approx(sorted(family.times, reverse=True))
+    assert model.quantization.visited == pytest.approx(list(family.times))
     seen.clear()
     quantized = outputs(model, calls)
     assert torch.isfinite(quantized).all() and not torch.equal(quantized, clean)
     for layer, *_ in seen.values():
         layer._forward_hooks.clear()
+    still = quantized_layers(model)  # calibration leaves those in full precision that carry t under a name of their own
     with full_precision(model):
-        for name, (layer, x, out) in seen.items():
+        for name, (layer, x, out) in ((name, found) for name, found in seen.items() if name in still):
             zero = not layer.weight.any()  # as some layers start
             assert zero or not torch.equal(layer(x), out), f"{name} was not quantized"
     freeze(model)

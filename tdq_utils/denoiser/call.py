@@ -15,6 +15,10 @@ from tdq_utils.errors import TDQError
 from tdq_utils.method.step_sizes import TimeSteps
 
 TIME = ("timestep", "timesteps", "t")  # what the families of diffusers call it
+# What the pipelines of these families tell their models, instead of the scheduler's t.
+PER_THOUSAND = ("FluxTransformer2DModel", "Flux2Transformer2DModel", "QwenImageTransformer2DModel", "ChromaTransformer2DModel",
+                "AuraFlowTransformer2DModel")  # fmt: skip
+OWN_PIPELINE = ("ZImageTransformer2DModel", "Lumina2Transformer2DModel")  # these turn t round, and the output's sign
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,16 @@ def each_tensor(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> 
     from accelerate.utils import recursively_apply  # slow to import
 
     return recursively_apply(function, tree)
+
+
+def tell(model: nn.Module | None, t: Any) -> Any:
+    """What a model is told of a scheduler's t: by its family, and its ``timestep_scale``. TDQError: only its pipeline knows."""
+    family = type(getattr(model, "net", model)).__name__  # or of what a runner runs
+    if family in OWN_PIPELINE:
+        raise TDQError(f"The pipeline of a {family} turns t and the output round; sample does not. Use it in record(...), then "
+                       "calibrate(..., profile=recorded.profile) and freeze(model).")  # fmt: skip
+    scale = getattr(getattr(model, "config", None), "timestep_scale", 1.0)
+    return t / 1000 if family in PER_THOUSAND else t if scale == 1 else t * scale
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -12,7 +12,8 @@ from torch import nn
 from tdq_utils.denoiser.call import follow, now
 from tdq_utils.denoiser.loading import fingerprint
 from tdq_utils.denoiser.profile import BINS, Profile
-from tdq_utils.denoiser.sampling import number, sample
+from tdq_utils.denoiser.sampling import sample
+from tdq_utils.denoiser.trajectory import number
 from tdq_utils.errors import TDQError
 from tdq_utils.method.step_sizes import StepSize
 

@@ -12,9 +12,8 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import FigureBase
 
 from tdq_utils.fit.finetuning import STEP_RATE
-from tdq_utils.show.names import NAMES
 from tdq_utils.show.plots import COLOURS, MARKERS, PALETTE, axes_of, heading, plain_log
-from tdq_utils.show.tables import bits
+from tdq_utils.show.tables import NAMES, bits
 
 LABELS = {"fcd": "FCD to the test set (lower is better)", "kid": "KID (lower is better)",
           "mse": "squared pixel difference\nto full precision (lower is better)"}  # fmt: skip

@@ -37,7 +37,7 @@ LABEL_DROPOUT = 0.1
 def learning_rate(iteration: int, iterations: int, peak: float = 1e-3, warmup: int = 200, decay: float = 0.3) -> float:
     """Warm-up, constant, then a linear fall to zero over the last ``decay`` of the run.
 
-    Up to the fall it does not depend on ``iterations``: a run that is lengthened, or ended early, is still its own."""
+    Up to the fall it does not depend on ``iterations``: a run that is lengthened or ended early is still that of its options."""
     fall = (iterations - iteration) / max(1, round(decay * iterations))
     return peak * min(1.0, (iteration + 1) / warmup, fall)
 

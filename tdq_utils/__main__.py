@@ -149,7 +149,13 @@ def parser() -> ArgumentParser:
             sub.add_argument("--compile", dest="compiled", action="store_true",
                              help="through torch.compile (needs a C++ compiler)")  # fmt: skip
             sub.add_argument("--device", default="cpu", help="cpu or cuda")
-    _calibrate_options(command(calibrate, "runs/calibrated"))
+    sub = command(calibrate, "runs/calibrated")
+    sub.add_argument("--method", default="tdq", help="how step sizes are chosen: one of calibrate's methods")
+    _numbers(sub, weights=(8, "bits"), activations=(8, "bits"), images=(32, "trajectories that calibration sees"),
+             first_seed=(10_000, "of the trajectories"), steps=(20, "sampling steps of a trajectory"))  # fmt: skip
+    sub.add_argument("--reconstruct", default="input", help="input, block or noise: the error that learned step sizes descend")
+    sub.add_argument("--split-skips", action="store_true", help="quantize the halves of concatenated skip inputs apart")
+    sub.add_argument("--weights-method", help="adaround: learn how each weight is rounded (default: to the nearest level)")
     _reproduce_options(command(reproduce, "runs/TABLE.csv"))
     _numbers(command(bench, "runs/bench"), repeats=(15, "timed rounds"), images=(64, "a batch"), steps=(5, "of a timed run"))
     return top
@@ -159,15 +165,6 @@ def _numbers(sub: Any, **options: tuple[int | None, str]) -> None:
     """Options that are whole numbers: ``name=(default, help)``."""
     for name, (default, what) in options.items():
         sub.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=what)
-
-
-def _calibrate_options(sub: ArgumentParser) -> None:
-    sub.add_argument("--method", default="tdq", help="how step sizes are chosen: one of calibrate's methods")
-    _numbers(sub, weights=(8, "bits"), activations=(8, "bits"), images=(32, "trajectories that calibration sees"),
-             first_seed=(10_000, "of the trajectories"), steps=(20, "sampling steps of a trajectory"))  # fmt: skip
-    sub.add_argument("--reconstruct", default="input", help="input, block or noise: the error that learned step sizes descend")
-    sub.add_argument("--split-skips", action="store_true", help="quantize the halves of concatenated skip inputs apart")
-    sub.add_argument("--weights-method", help="adaround: learn how each weight is rounded (default: to the nearest level)")
 
 
 def _reproduce_options(sub: ArgumentParser) -> None:

@@ -9,7 +9,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
-from matplotlib.figure import FigureBase
+from matplotlib.figure import Figure, FigureBase, SubFigure
 
 from tdq_utils.fit.finetuning import STEP_RATE
 from tdq_utils.show.plots import COLOURS, MARKERS, PALETTE, axes_of, heading, plain_log
@@ -59,7 +59,7 @@ def _panels(rows: pd.DataFrame, by: pd.Series, width: float, height: float, titl
     return [(ax, group) for ax, (_, group) in zip(axes.flat, groups, strict=False)]
 
 
-def _legend_beside(fig: FigureBase, place: Any = "center left", height: float = 0.5) -> FigureBase:
+def _legend_beside(fig: Figure | SubFigure, place: Any = "center left", height: float = 0.5) -> FigureBase:
     """One legend for all panels, right of the first row."""
     lines = {label: line for ax in fig.axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     fig.axes[:2][-1].legend(lines.values(), lines, fontsize=8, loc=place, bbox_to_anchor=(1, height))

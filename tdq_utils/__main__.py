@@ -16,6 +16,12 @@ SHOWN = ("question", "variant", "steps", "method", "weights_method", "weights", 
 BELONGS = {"quick": "ptq, qat", "steps": "quickstart, ptq, qat", "iterations": "qat, trials",
            **dict.fromkeys(("methods", "weights", "activations", "picture"), "quickstart")}  # fmt: skip
 
+TRAININGS = {
+    "train-unet": ("Train the shipped denoiser.", "iterations", 5400),
+    "train-dit": ("Train the second denoiser that ships, a transformer with classes.", "iterations", 8000),
+    "train-classifier": ("Train the feature classifier and measure the reference statistics.", "epochs", 8),
+}
+
 
 def demo(args: Namespace) -> None:
     """Execute the quickstart from scratch, print its table, write it as a page."""
@@ -34,26 +40,13 @@ def demo(args: Namespace) -> None:
     print(f"The rendered notebook, which opens without a network: {page.resolve()}")
 
 
-def train_unet(args: Namespace) -> None:
-    """Train the shipped denoiser."""
-    from tdq_utils.lab.training import train_unet as train
+def train(args: Namespace) -> None:
+    """Train one of ``TRAININGS``: the options of each are the arguments of its function."""
+    from tdq_utils.lab import training
 
-    how = dict(root=args.root, compiled=args.compile, device=args.device)
-    print(f"EMA weights: {train(args.out, args.iterations, args.batch, args.seed, **how)}")
-
-
-def train_dit(args: Namespace) -> None:
-    """Train the second denoiser that ships, a transformer with classes."""
-    from tdq_utils.lab.training_dit import train_dit as train
-
-    print(f"EMA weights: {train(args.out, args.iterations, args.batch, args.seed, root=args.root)}")
-
-
-def train_classifier(args: Namespace) -> None:
-    """Train the feature classifier and measure the reference statistics."""
-    from tdq_utils.lab.training import train_classifier as train
-
-    print(f"Test accuracy {train(args.out, args.epochs, seed=args.seed, root=args.root):.4f}; written to {args.out}")
+    options = {name: value for name, value in vars(args).items() if name not in ("command", "run")}
+    found = getattr(training, args.command.replace("-", "_"))(**options)
+    print(f"EMA weights: {found}" if isinstance(found, Path) else f"Test accuracy {found:.4f}; written to {args.out}")
 
 
 def calibrate(args: Namespace) -> None:
@@ -137,8 +130,8 @@ def parser() -> ArgumentParser:
     top = ArgumentParser(prog="python -m tdq_utils", description="Quantization of diffusion models over time steps.")
     commands = top.add_subparsers(dest="command", required=True)
 
-    def command(function: Callable, out: str, model: bool = True) -> ArgumentParser:
-        sub = commands.add_parser(function.__name__.replace("_", "-"), help=function.__doc__, formatter_class=Defaults)
+    def command(function: Callable, out: str, model: bool = True, name: str = "", what: str | None = None) -> ArgumentParser:
+        sub = commands.add_parser(name or function.__name__, help=what or function.__doc__, formatter_class=Defaults)
         sub.set_defaults(run=function)
         sub.add_argument("--out", type=Path, default=Path(out), help="where the results go")
         if model:
@@ -146,17 +139,23 @@ def parser() -> ArgumentParser:
         return sub
 
     command(demo, "runs", model=False)
-    loops_of = {train_unet: ("iterations", 5400), train_dit: ("iterations", 8000), train_classifier: ("epochs", 8)}
-    for train, (loops, count) in loops_of.items():
-        sub = command(train, f"runs/{train.__name__.removeprefix('train_')}", model=False)
+    for name, (what, loops, count) in TRAININGS.items():
+        sub = command(train, f"runs/{name.removeprefix('train-')}", False, name, what)
         _numbers(sub, **{loops: (count, "of training")}, seed=(0, "of weights and data order"))
         sub.add_argument("--root", type=Path, help="folder with the full Fashion-MNIST (IDX files)")
         if loops == "iterations":
             _numbers(sub, batch=(128, "images an iteration"))
-        if train is train_unet:
-            sub.add_argument("--compile", action="store_true", help="through torch.compile (needs a C++ compiler)")
+        if name == "train-unet":
+            sub.add_argument("--compile", dest="compiled", action="store_true",
+                             help="through torch.compile (needs a C++ compiler)")  # fmt: skip
             sub.add_argument("--device", default="cpu", help="cpu or cuda")
-    _calibrate_options(command(calibrate, "runs/calibrated"))
+    sub = command(calibrate, "runs/calibrated")
+    sub.add_argument("--method", default="tdq", help="how step sizes are chosen: one of calibrate's methods")
+    _numbers(sub, weights=(8, "bits"), activations=(8, "bits"), images=(32, "trajectories that calibration sees"),
+             first_seed=(10_000, "of the trajectories"), steps=(20, "sampling steps of a trajectory"))  # fmt: skip
+    sub.add_argument("--reconstruct", default="input", help="input, block or noise: the error that learned step sizes descend")
+    sub.add_argument("--split-skips", action="store_true", help="quantize the halves of concatenated skip inputs apart")
+    sub.add_argument("--weights-method", help="adaround: learn how each weight is rounded (default: to the nearest level)")
     _reproduce_options(command(reproduce, "runs/TABLE.csv"))
     _numbers(command(bench, "runs/bench"), repeats=(15, "timed rounds"), images=(64, "a batch"), steps=(5, "of a timed run"))
     return top
@@ -166,15 +165,6 @@ def _numbers(sub: Any, **options: tuple[int | None, str]) -> None:
     """Options that are whole numbers: ``name=(default, help)``."""
     for name, (default, what) in options.items():
         sub.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=what)
-
-
-def _calibrate_options(sub: ArgumentParser) -> None:
-    sub.add_argument("--method", default="tdq", help="how step sizes are chosen: one of calibrate's methods")
-    _numbers(sub, weights=(8, "bits"), activations=(8, "bits"), images=(32, "trajectories that calibration sees"),
-             first_seed=(10_000, "of the trajectories"), steps=(20, "sampling steps of a trajectory"))  # fmt: skip
-    sub.add_argument("--reconstruct", default="input", help="input, block or noise: the error that learned step sizes descend")
-    sub.add_argument("--split-skips", action="store_true", help="quantize the halves of concatenated skip inputs apart")
-    sub.add_argument("--weights-method", help="adaround: learn how each weight is rounded (default: to the nearest level)")
 
 
 def _reproduce_options(sub: ArgumentParser) -> None:

@@ -18,7 +18,7 @@ from tdq_utils.lab import training
 from tdq_utils.lab.tables import qat, quickstart
 
 
-@pytest.mark.parametrize("command", ["demo", "train-unet", "train-classifier", "calibrate", "reproduce", "bench"])
+@pytest.mark.parametrize("command", ["demo", "train-unet", "train-dit", "train-classifier", "calibrate", "reproduce", "bench"])
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -41,19 +41,27 @@ def test_the_module_runs_as_a_program(monkeypatch, capsys):
     assert "train-unet" in capsys.readouterr().out
 
 
-def test_training_defaults_are_the_shipped_recipe():
-    args = parser().parse_args(["train-unet"])
-    assert (args.iterations, args.batch, args.seed) == (5400, 128, 0)
+@pytest.mark.parametrize(("command", "iterations"), [("train-unet", 5400), ("train-dit", 8000)])
+def test_training_defaults_are_the_shipped_recipe(command, iterations):
+    args = parser().parse_args([command])
+    assert (args.iterations, args.batch, args.seed) == (iterations, 128, 0)
 
 
-@pytest.mark.parametrize("command", ["train-unet", "train-classifier"])
-def test_training_commands_hand_their_options_on(command, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize(("command", "loops"), [("train-unet", "iterations"), ("train-dit", "iterations"),
+                                                ("train-classifier", "epochs")])  # fmt: skip
+def test_training_commands_hand_their_options_on(command, loops, monkeypatch, tmp_path, capsys):
     """Bound to the real signature, so that an option which the function does not take fails here."""
     name = command.replace("-", "_")
     signature, calls = inspect.signature(getattr(training, name)), []
-    monkeypatch.setattr(training, name, lambda *args, **options: calls.append(signature.bind(*args, **options).arguments) or 0.5)
-    assert main([command, "--out", str(tmp_path), "--seed", "3"]) == 0
-    assert calls[0]["out"] == tmp_path and calls[0]["seed"] == 3
+    found, line = (0.5, "Test accuracy 0.5000; written to") if loops == "epochs" else (tmp_path, "EMA weights:")
+    monkeypatch.setattr(training, name, lambda *args, **how: calls.append(signature.bind(*args, **how).arguments) or found)
+    given = {"out": tmp_path, "seed": 3, loops: 5, "root": tmp_path / "data"}
+    assert main([command, *(f"--{option}={value}" for option, value in given.items())]) == 0
+    assert given.items() <= calls[0].items()
+    assert capsys.readouterr().out == f"{line} {tmp_path}\n"
+    if command == "train-unet":
+        main([command, "--compile", "--device", "cuda", "--batch", "7"])
+        assert (calls[1]["compiled"], calls[1]["device"], calls[1]["batch"]) == (True, "cuda", 7)
 
 
 @pytest.mark.parametrize("table", ["qat", "trials"])

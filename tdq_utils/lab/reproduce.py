@@ -51,22 +51,14 @@ def reproduce(jobs: Sequence[Job], model: nn.Module, scheduler: SchedulerMixin, 
             kernels (but simulated where halves of inputs are quantized apart). The last two compile once for all rows.
         mix_threads: add to rows that were measured with another number of threads. progress: show bars.
 
-    TDQError: as :meth:`Workbench.check`; rows in ``out`` of another protocol or number of threads. DataError: damage to ``out``.
-    """
+    TDQError: as :meth:`Workbench.check`; rows in ``out`` of another protocol or other threads. DataError: damage to ``out``."""
     state, cache = processes(), Path(cache or Path(out).parent / "cache")
     bench = Workbench(model, scheduler, range(images), cache, batch_size, features, engine, progress)
     bench.check(jobs)
     table = Table(out, [asdict(job) for job in jobs])
     protocol = dict(images=images, sampler="DDIM", model=fingerprint(model), features=features)
     mine = deal(jobs, state.process_index, state.num_processes)  # before looking at what is done: all agree, whoever starts late
-
-    def left() -> list[Job]:
-        rows = table.rows()
-        todo = [job for job in mine if tuple(asdict(job).values()) not in rows]
-        threads = dict(threads=torch.get_num_threads()) if todo and not mix_threads else {}
-        _check_rows(rows.values(), protocol | threads, {job.steps for job in jobs}, out)
-        return todo
-
+    left = partial(_left, table, mine, protocol, {job.steps for job in jobs}, mix_threads)
     with tqdm(total=len(left()), desc=f"reproduce {Path(out).name}", disable=not progress) as bar:
         while todo := left():
             begun = ((job, mark) for job in todo if (mark := table.begin(job.name)))
@@ -97,14 +89,19 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
 
 
-def _check_rows(rows: Iterable[Row], protocol: Row, steps: set[int], out: str | Path) -> None:
-    """What is measured next may stand beside the rows that are there."""
-    for row in rows:
-        for name, value in {**protocol, "steps": row["steps"] if row["steps"] in steps else min(steps)}.items():
+def _left(table: Table, mine: list[Job], protocol: Row, steps: set[int], mix_threads: bool) -> list[Job]:
+    """What of ``mine`` is not measured yet. TDQError: it may not stand beside the rows that are there."""
+    rows = table.rows()
+    todo = [job for job in mine if tuple(asdict(job).values()) not in rows]
+    threads = dict(threads=torch.get_num_threads()) if todo and not mix_threads else {}
+    for row in rows.values():
+        shared = protocol | threads | dict(steps=row["steps"] if row["steps"] in steps else min(steps))
+        for name, value in shared.items():
             if str(row[name]) != str(value):
                 way = f"Set OMP_NUM_THREADS={row[name]}, pass --mix-threads, or write" if name == "threads" else "Write"
-                raise TDQError(f"All rows of a table must share images, steps, model, features and threads; {out} holds {name} = "
-                               f"{row[name]}, this run has {value}. {way} to another --out.")  # fmt: skip
+                raise TDQError(f"All rows of a table must share images, steps, model, features and threads; {table.path} holds "
+                               f"{name} = {row[name]}, this run has {value}. {way} to another --out.")  # fmt: skip
+    return todo
 
 
 class Workbench:

@@ -1,4 +1,4 @@
-"""Train the networks that ship in data/: the denoiser and the feature classifier (the second denoiser: ``training_dit``)."""
+"""Train the networks that ship in data/: the denoiser; a transformer with classes, by flow matching; the feature classifier."""
 
 import json
 from collections.abc import Callable
@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, UNet2DModel
+from diffusers.models.embeddings import LabelEmbedding
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
@@ -26,13 +28,16 @@ UNET: dict[str, Any] = dict(
     up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"), resnet_time_scale_shift="scale_shift",
 )  # fmt: skip
 SCHEDULER = dict(num_train_timesteps=1000, beta_schedule="linear", prediction_type="epsilon", timestep_spacing="trailing")
+DIT: dict[str, Any] = dict(sample_size=28, in_channels=1, out_channels=1, patch_size=2, num_layers=6, num_attention_heads=4,
+                           attention_head_dim=32, num_embeds_ada_norm=10)  # fmt: skip
+NO_CLASS = 10  # the label that stands for none: what guidance compares with
+LABEL_DROPOUT = 0.1
 
 
 def learning_rate(iteration: int, iterations: int, peak: float = 1e-3, warmup: int = 200, decay: float = 0.3) -> float:
     """Warm-up, constant, then a linear fall to zero over the last ``decay`` of the run.
 
-    Up to the fall it does not depend on ``iterations``: a run that is lengthened, or ended early, is still that of its options.
-    """
+    Up to the fall it does not depend on ``iterations``: a run that is lengthened or ended early is still that of its options."""
     fall = (iterations - iteration) / max(1, round(decay * iterations))
     return peak * min(1.0, (iteration + 1) / warmup, fall)
 
@@ -48,21 +53,68 @@ def train_unet(out: str | Path, iterations: int = 5400, batch: int = 128, seed: 
         iterations: optimizer steps. batch: images a step. seed: of weights, data order and noise.
         ema_decay: of the exponential moving average of the weights. root: as in :func:`tdq_utils.lab.datasets.load_images`.
         compiled: run the residual blocks through ``torch.compile``, after a check of their gradients. device: cpu or cuda."""
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     images = load_images(split="train", root=root).to(device)
     scheduler = DDIMScheduler(**SCHEDULER)
     torch.manual_seed(seed)
     model: Any = UNet2DModel(**UNET)
     model.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     loss_of = partial(denoising_loss, model, images, scheduler, batch)
     if compiled:
         compile_blocks(model, lambda: loss_of(iteration_generator(seed, 0)))
+    return _train(DDIMPipeline(model, scheduler), model, loss_of, Path(out), iterations, seed, ema_decay, "train-unet")
+
+
+def flow_matching_loss(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, batch: int,
+                       generator: torch.Generator) -> torch.Tensor:  # fmt: skip
+    """Rectified flow: ``x_t = (1 - sigma) x_0 + sigma eps``, the model predicts ``eps - x_0`` at ``t = 1000 sigma``.
+
+    sigma is logit-normal (Esser et al. 2024); images are flipped and labels dropped at random; the model runs in bfloat16."""
+    pick = torch.randint(len(images), (batch,), generator=generator)
+    sigma = torch.randn(batch, generator=generator).sigmoid()
+    eps = torch.randn(batch, *images.shape[1:], generator=generator)
+    flip = torch.rand(batch, generator=generator) < 0.5
+    y = torch.where(torch.rand(batch, generator=generator) < LABEL_DROPOUT, NO_CLASS, labels[pick])
+    x_0 = torch.where(flip.view(-1, 1, 1, 1), images[pick].flip(3), images[pick])
+    wide = sigma.view(-1, 1, 1, 1)
+    x_t = (1 - wide) * x_0 + wide * eps
+    with torch.autocast("cpu", torch.bfloat16):
+        velocity = model(x_t, 1000 * sigma, class_labels=y).sample
+    return F.mse_loss(velocity.float(), eps - x_0)
+
+
+def train_dit(out: str | Path, iterations: int = 8000, batch: int = 128, seed: int = 0, ema_decay: float = 0.999,
+              root: str | Path | None = None) -> Path:  # fmt: skip
+    """Train the shipped transformer on the 60,000 labelled training images; resume if ``out`` holds a run.
+
+    As :func:`train_unet`, which explains the arguments, but for the loss and the model. The folder that is returned has no
+    autoencoder: read it with ``DiTPipeline.from_pretrained(folder, vae=None)``."""
+    images, labels = load_images(split="train", root=root, labels=True)
+    torch.manual_seed(seed)
+    model: Any = DiTTransformer2DModel(**DIT)
+    for module in model.modules():
+        if isinstance(module, LabelEmbedding):
+            module.dropout_prob = 0.0  # each block would drop labels of its own: they are dropped before the model instead
+    loss_of = partial(flow_matching_loss, model, images, labels, batch)
+    pipeline = DiTPipeline(model, None, FlowMatchEulerDiscreteScheduler())
+    # foreach=False: so was the network that ships averaged, and the sum differs in its last bits.
+    return _train(pipeline, model, loss_of, Path(out), iterations, seed, ema_decay, "train-dit", foreach=False)
+
+
+def _train(pipeline: Any, model: Any, loss_of: Callable[[torch.Generator], torch.Tensor], out: Path, iterations: int, seed: int,
+           ema_decay: float, title: str, foreach: bool = True) -> Path:  # fmt: skip
+    """Train the model of a pipeline, or go on; leave its average in ``out/model``, in diffusers' layout, with ``loss.csv``:
+    the loss curve as means of 50 steps."""
+    out.mkdir(parents=True, exist_ok=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     trainer = Trainer(model, optimizer, ema_decay, out / "state.pt")
-    log = trainer.run(loss_of, lambda i: learning_rate(i, iterations), iterations, seed, "train-unet")
+    trainer.ema.foreach = foreach
+    log = trainer.run(loss_of, lambda i: learning_rate(i, iterations), iterations, seed, title)
     model.cpu().to(memory_format=torch.contiguous_format).eval()
-    return export(out / "model", DDIMPipeline(model, scheduler), log)
+    pipeline.save_pretrained(out / "model")
+    parts = {min(i + 50, len(log)): log[i : i + 50] for i in range(0, len(log), 50)}
+    lines = [f"{last},{sum(part) / len(part):.5f}" for last, part in parts.items()]
+    (out / "model" / "loss.csv").write_text("\r\n".join(["iteration,loss", *lines, ""]), newline="")
+    return out / "model"
 
 
 def compile_blocks(model: nn.Module, loss: Callable[[], torch.Tensor]) -> None:
@@ -95,15 +147,6 @@ def _gradients(model: nn.Module, loss: Callable[[], torch.Tensor]) -> dict[str, 
     return gradients
 
 
-def export(folder: Path, pipeline: Any, log: list[float], every: int = 50) -> Path:
-    """A pipeline in diffusers' layout, and beside it ``loss.csv``: the loss curve as means of 50 steps."""
-    pipeline.save_pretrained(folder)
-    parts = {min(i + every, len(log)): log[i : i + every] for i in range(0, len(log), every)}
-    lines = [f"{last},{sum(part) / len(part):.5f}" for last, part in parts.items()]
-    (folder / "loss.csv").write_text("\r\n".join(["iteration,loss", *lines, ""]), newline="")
-    return folder
-
-
 def train_classifier(out: str | Path, epochs: int = 8, batch: int = 128, seed: int = 0, root: str | Path | None = None) -> float:
     """Train the feature classifier on the 60,000 training images; return its accuracy on the 10,000 test images.
 
@@ -126,10 +169,7 @@ def train_classifier(out: str | Path, epochs: int = 8, batch: int = 128, seed: i
             loss.backward()
             optimizer.step()
             schedule.step()
-    return _export_classifier(out, classifier.eval().requires_grad_(False), epochs, seed)
-
-
-def _export_classifier(out: Path, classifier: FeatureClassifier, epochs: int, seed: int) -> float:
+    classifier.eval().requires_grad_(False)
     images, labels = load_images(split="test", labels=True)
     right = torch.cat([classifier.logits(part).argmax(1) for part in images.split(500)]) == labels
     accuracy = right.float().mean().item()

@@ -12,9 +12,8 @@ from torch import nn
 from tdq_utils.fit.quantize import quantized_layers
 from tdq_utils.lab.tables.quickstart import verdict
 from tdq_utils.show import plots
-from tdq_utils.show.names import NAMES
 from tdq_utils.show.result_plots import training_labels
-from tdq_utils.show.tables import bits
+from tdq_utils.show.tables import NAMES, bits
 
 REFERENCES = ["full precision", "real images"]
 HEADS = {"fcd": "FCD", "kid": "KID", "mse": "distance"}

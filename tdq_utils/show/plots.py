@@ -12,7 +12,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import FigureBase
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from tdq_utils.show.names import NAMES
+from tdq_utils.show.tables import NAMES
 
 PALETTE = sns.color_palette("colorblind")
 # Rules of training share the colours of static intervals: never both in one figure.

@@ -53,8 +53,7 @@ def range_ribbon(profile: Profile, layer: str, static_bits: int | None = None, a
     i = profile.row(layer)
     ax = axes_of(ax)
     ax.fill_between(profile.t, profile.least[i], profile.greatest[i], color=PALETTE[0], alpha=0.15, label="min to max")
-    low, high = (_quantile(profile, i, q) for q in (0.005, 0.995))
-    ax.fill_between(profile.t, low, high, color=PALETTE[0], alpha=0.45, label="middle 99 %")
+    ax.fill_between(profile.t, *_quantiles(profile, layer, 0.005, 0.995).T, color=PALETTE[0], alpha=0.45, label="middle 99 %")
     if static_bits is not None:
         ends = levels(profile.best_steps(layer, static_bits)[0], profile.grid(layer, static_bits))[[0, -1]]
         for end, label in zip(ends, (f"best static interval, {static_bits} bits", None), strict=True):
@@ -70,16 +69,17 @@ def levels(s: torch.Tensor, grid: Grid) -> np.ndarray:
     return (torch.arange(grid.q_min, grid.q_max + 1) - grid.zero(s)).mul(s).numpy()
 
 
-def _quantile(profile: Profile, layer: int, q: float) -> np.ndarray:
-    """The q-th quantile (0..1) of one layer's values at each t, ``"step"``."""
-    counts = profile.counts[layer]
+def _quantiles(profile: Profile, layer: str, *q: float) -> np.ndarray:
+    """Quantiles (0..1) of one layer's values at each t, ``"step quantile"``."""
+    counts = profile.counts[i := profile.row(layer)]
     share = counts.cumsum(1) / counts.sum(1, keepdims=True)
-    return np.take_along_axis(bin_centres(profile.limit[layer], profile.bins), (share < q).sum(1)[:, None], axis=1)[:, 0]
+    places = np.stack([(share < part).sum(1) for part in q], axis=1)
+    return np.take_along_axis(bin_centres(profile.limit[i], profile.bins), places, axis=1)
 
 
 def range_boxes(profile: Profile, layer: str) -> FigureBase:
     """Box plots of one layer's values at each t: box the middle half, whiskers the middle 99.8 %, from the histograms."""
-    quantiles = np.stack([_quantile(profile, profile.row(layer), q) for q in (0.001, 0.25, 0.5, 0.75, 0.999)], axis=1)
+    quantiles = _quantiles(profile, layer, 0.001, 0.25, 0.5, 0.75, 0.999)
     keys = ("whislo", "q1", "med", "q3", "whishi", "label")
     boxes = [dict(zip(keys, (*five, t), strict=True)) for five, t in zip(quantiles, _thinned(profile.t), strict=True)]
     ax, look = axes_of(None), dict(boxprops=dict(facecolor=PALETTE[0], alpha=0.5), medianprops=dict(color="k"))
@@ -144,9 +144,8 @@ def error_over_t(profile: Profile, layer: str, s: float | torch.Tensor, grid: Gr
                  ax: Axes | None = None) -> FigureBase:  # fmt: skip
     """Stacked truncation and rounding error of one layer against t, at one step size or one for each t."""
     values, counts = profile.values(layer)
-    ax = _stacked(ax, profile.t, split_error(values, counts, torch.as_tensor(s).expand(len(values)), grid))
+    ax = _stacked(ax, f"{layer}, {label}", profile.t, values, counts, torch.as_tensor(s).expand(len(values)), grid)
     time_axis(ax)
-    ax.set_title(f"{layer}, {label}")
     ax.margins(y=0.25)  # room for the legend
     ax.legend(loc="upper left", ncols=2, fontsize=8)
     return ax.figure
@@ -157,18 +156,18 @@ def error_over_s(profile: Profile, layer: str, t: int, bits: int = 4) -> FigureB
     grid, step, ratios = profile.grid(layer, bits), profile.step(t), torch.logspace(-0.7, 0.7, 60)
     values, counts = (v[step].expand(60, -1) for v in profile.values(layer))
     best = mse_step(values[:1], grid, counts[:1])[0]
-    ax = _stacked(None, ratios, split_error(values, counts, best * ratios, grid))
+    title = f"{layer}, t = {t}, {bits} bits: too small truncates, too large rounds coarsely"
+    ax = _stacked(None, title, ratios, values, counts, best * ratios, grid)
     ax.axvline(1, color="k", ls=":", label="best s")
     ax.set(xscale="log", xlabel="step size / best step size at this t")
     plain_log(ax.xaxis)
-    ax.set_title(f"{layer}, t = {t}, {bits} bits: too small truncates, too large rounds coarsely")
     ax.legend(loc="upper center", fontsize=8)
     return ax.figure
 
 
-def _stacked(ax: Axes | None, x: Any, parts: tuple[np.ndarray, np.ndarray]) -> Axes:
-    """Axes with rounding below, truncation above."""
-    ax = axes_of(ax)
+def _stacked(ax: Axes | None, title: str, x: Any, *what: Any) -> Axes:
+    """Axes with :func:`split_error` of ``what`` against x: rounding below, truncation above."""
+    ax, parts = axes_of(ax), split_error(*what)
     ax.stackplot(x, *parts[::-1], labels=["rounding", "truncation"], colors=[ROUNDED, TRUNCATED], alpha=0.75)
-    ax.set_ylabel("mean squared error")
+    ax.set(ylabel="mean squared error", title=title)
     return ax

@@ -1,6 +1,6 @@
 """Figures of measured tables: means over repeats, whiskers from the least to the greatest. ``measure``: a key of ``LABELS``."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle, zip_longest
 from typing import Any
 
@@ -9,12 +9,11 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
-from matplotlib.figure import FigureBase
+from matplotlib.figure import Figure, FigureBase, SubFigure
 
 from tdq_utils.fit.finetuning import STEP_RATE
-from tdq_utils.show.names import NAMES
 from tdq_utils.show.plots import COLOURS, MARKERS, PALETTE, axes_of, heading, plain_log
-from tdq_utils.show.tables import bits
+from tdq_utils.show.tables import NAMES, bits
 
 LABELS = {"fcd": "FCD to the test set (lower is better)", "kid": "KID (lower is better)",
           "mse": "squared pixel difference\nto full precision (lower is better)"}  # fmt: skip
@@ -47,22 +46,24 @@ def _bars(ax: Axes, places: Sequence, found: pd.DataFrame, xlabel: str, **look: 
     ax.grid(axis="y", visible=False)
 
 
-def _panels(names: Collection[str], width: float, height: float, title: str | None, **how: Any) -> Sequence[Axes]:
-    """Panels of this size in inches, two a row, and room for a legend."""
-    columns, rows = min(2, len(names)), (len(names) + 1) // 2
-    size = width * columns + 1.5, height * rows
-    fig, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **how)
+def _panels(rows: pd.DataFrame, by: pd.Series, width: float, height: float, title: str | None, **how: Any
+            ) -> list[tuple[Axes, pd.DataFrame]]:  # fmt: skip
+    """Panels of this size in inches, two a line, and room for a legend: each with the rows of one value of ``by``, its title."""
+    groups = list(rows.groupby(by, sort=False))
+    columns, lines = min(2, len(groups)), (len(groups) + 1) // 2
+    size = width * columns + 1.5, height * lines
+    fig, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False, **how)
     heading(fig, title)
-    for ax, name in zip_longest(axes.flat, names):
+    for ax, (name, _) in zip_longest(axes.flat, groups, fillvalue=("", None)):
         ax.set_title(name) if name else ax.remove()
-    return axes.flat[: len(names)]
+    return [(ax, group) for ax, (_, group) in zip(axes.flat, groups, strict=False)]
 
 
-def _legend_beside(axes: Sequence[Axes], place: Any = "center left", height: float = 0.5) -> FigureBase:
+def _legend_beside(fig: Figure | SubFigure, place: Any = "center left", height: float = 0.5) -> FigureBase:
     """One legend for all panels, right of the first row."""
-    lines = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    axes[:2][-1].legend(lines.values(), lines, fontsize=8, loc=place, bbox_to_anchor=(1, height))
-    return axes[0].figure
+    lines = {label: line for ax in fig.axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    fig.axes[:2][-1].legend(lines.values(), lines, fontsize=8, loc=place, bbox_to_anchor=(1, height))
+    return fig
 
 
 def distance_bars(table: pd.DataFrame) -> FigureBase:
@@ -86,18 +87,19 @@ def quality_against_bits(table: pd.DataFrame, measure: str = "fcd", methods: Ite
         key = ["weights", "activations", "repeat"]
         base = rows.join(rows[rows.method == relative_to].set_index(key)[measure].rename("base"), on=key).base
         rows = rows.assign(**{measure: rows[measure] / base})
-    panels = {f"{width}-bit weights": rows[rows.weights == width] for width in sorted(rows.weights.unique(), reverse=True)}
-    axes = _panels(panels, 5, 3.8, title, sharey=True)
-    for ax, panel in zip(axes, panels.values(), strict=True):
+    rows = rows.sort_values("weights", ascending=False, kind="stable")
+    panels = _panels(rows, rows.weights.map("{}-bit weights".format), 5, 3.8, title, sharey=True)
+    for ax, panel in panels:
         _lines(ax, panel, rows.method if methods is None else methods, "activations", measure, apart=0.03)
         if _full(table, measure) > 0 and not relative_to:
             ax.axhline(_full(table, measure), **FULL)
         ax.set_xticks(sorted(panel.activations.unique()))
         ax.set(xlabel="bits of the activations", yscale="linear" if relative_to else "log")
+    first = panels[0][0]
     if not relative_to:
-        plain_log(axes[0].yaxis)
-    axes[0].set_ylabel(f"{measure.upper()} / that of {NAMES[relative_to]}" if relative_to else LABELS[measure])
-    return _legend_beside(axes)
+        plain_log(first.yaxis)
+    first.set_ylabel(f"{measure.upper()} / that of {NAMES[relative_to]}" if relative_to else LABELS[measure])
+    return _legend_beside(first.figure)
 
 
 def quality_against_steps(table: pd.DataFrame, measure: str = "fcd", title: str | None = None) -> FigureBase:
@@ -107,7 +109,7 @@ def quality_against_steps(table: pd.DataFrame, measure: str = "fcd", title: str 
     ax.set(xscale="log", xlabel="sampling steps", ylabel=LABELS[measure], title=title or "")
     ax.set_xticks(steps, [f"{step:.0f}" for step in steps])
     ax.minorticks_off()
-    return _legend_beside([ax], "upper left", 1)
+    return _legend_beside(ax.figure, "upper left", 1)
 
 
 def time_bars(table: pd.DataFrame, title: str | None = None) -> FigureBase:
@@ -116,7 +118,7 @@ def time_bars(table: pd.DataFrame, title: str | None = None) -> FigureBase:
     ax = axes_of(None, 8, 0.5 * len(wide) + 1.2)
     wide.iloc[::-1].plot.barh(stacked=True, ax=ax, color=[PALETTE[i] for i in (0, 2, 1)], width=0.7)
     ax.set(xlabel="seconds for the batch", ylabel="", title=title or "")
-    return _legend_beside([ax], "upper left", 1)
+    return _legend_beside(ax.figure, "upper left", 1)
 
 
 def ratio_bars(table: pd.DataFrame, baseline: str, title: str | None = None) -> FigureBase:
@@ -148,22 +150,20 @@ def variant_bars(table: pd.DataFrame, question: str, measure: str = "fcd", title
     ax.set_title(title or question)
     for (label, value), style in zip((references or {}).items(), cycle(["--", ":"]), strict=False):
         ax.axvline(value, color="0.35", ls=style, label=label)
-    return _legend_beside([ax], "upper left", 1) if len(methods) > 1 or references else ax.figure
+    return _legend_beside(ax.figure, "upper left", 1) if len(methods) > 1 or references else ax.figure
 
 
 def training_bars(table: pd.DataFrame, measure: str = "fcd", title: str | None = None) -> FigureBase:
     """Rows of :func:`tdq_utils.lab.tables.qat.qat_jobs`, of one number of sampling steps: a panel a pair of bits, a bar a kind
     (pale: calibrated only)."""
     rows = table[table.weights > 0].assign(label=training_labels(table))
-    panels = dict(list(rows.groupby(bits(rows), sort=False)))
-    axes = _panels(panels, 5.2, 3.4, title)
-    for ax, group in zip(axes, panels.values(), strict=True):
+    for ax, group in _panels(rows, bits(rows), 5.2, 3.4, title):
         kinds = group.drop_duplicates("label").iloc[::-1]
         shades = [to_rgba(COLOURS[row.method], 1 if row.iterations else 0.4) for row in kinds.itertuples()]
         found = _means(group, "label", measure).loc[kinds.label]
         _bars(ax, kinds.label, found, LABELS[measure].replace(" (", "\n("), height=0.7, color=shades)
         ax.axvline(_full(table, measure), **FULL)
-    return _legend_beside(axes)
+    return _legend_beside(ax.figure)
 
 
 def training_labels(table: pd.DataFrame) -> pd.Series:
@@ -189,9 +189,7 @@ def loss_lines(curves: pd.DataFrame, above: str | None = None, title: str | None
         floor = curves[curves.method == above].set_index(["repeat", "iteration"]).loss.rename("floor")
         curves = curves[curves.method != above].join(floor, on=["repeat", "iteration"], how="inner")
         curves = curves.assign(loss=curves.loss - curves.floor)
-    panels = dict(list(curves.groupby(bits(curves).fillna("no quantizer"), sort=False)))
-    axes = _panels(panels, 5, 3, title)
-    for ax, group in zip(axes, panels.values(), strict=True):
+    for ax, group in _panels(curves, bits(curves).fillna("no quantizer"), 5, 3, title):
         for method, lines in group.groupby("method", sort=False):
             mean = lines.groupby("iteration").loss.mean()
             ax.plot(mean, marker=MARKERS[method], ms=4, lw=1.2, color=COLOURS[method], label=NAMES[method])
@@ -199,4 +197,4 @@ def loss_lines(curves: pd.DataFrame, above: str | None = None, title: str | None
         if above and ax.dataLim.ymin > 0:
             ax.set_yscale("log")
             plain_log(ax.yaxis)
-    return _legend_beside(axes)
+    return _legend_beside(ax.figure)

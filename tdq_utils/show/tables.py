@@ -7,8 +7,14 @@ from typing import Any
 import pandas as pd
 from pandas.io.formats.style import Styler
 
-from tdq_utils.show.names import NAMES
-
+# What methods are called in tables and figures.
+NAMES = {
+    "full precision": "full precision", "minmax": "static, min-max", "momentum": "static, momentum",
+    "percentile": "static, percentile", "mse": "static, MSE", "ptq4dm": "static, PTQ4DM", "learned": "static, learned",
+    "table": "per-step table", "tdq": "TDQ", "dynamic": "dynamic, per tensor", "dynamic-sample": "dynamic, per sample",
+    "pact": "PACT", "lsq": "LSQ", "nipq": "NIPQ", "tdq-pact": "TDQ on PACT", "tdq-nipq": "TDQ on NIPQ",
+    "fine-tuned": "full precision, fine-tuned",
+}  # fmt: skip
 BEST = {"background-color": "#cfe3f5", "color": "black", "font-weight": "bold"}  # bold, too: not by colour alone
 PALE = {"font-style": "italic", "opacity": "0.75"}
 RULE = {"border-top": "1px solid #888"}

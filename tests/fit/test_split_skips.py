@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tdq_utils import calibrate, freeze, load_quantized, quantize, restore, save_quantized
+from tdq_utils import calibrate, quantize
 from tdq_utils.errors import TDQError
 from tdq_utils.fit.calibration_set import CalibrationSet
 from tdq_utils.fit.choice import skip_splits
@@ -35,8 +35,7 @@ def data(unet, scheduler):
     return CalibrationSet.collect(unet, scheduler, range(4), steps=4, progress=False)
 
 
-def test_halves_learn_and_come_back_from_disk(unet, scheduler, data, tmp_path):
-    original = {name: value.clone() for name, value in unet.state_dict().items()}
+def test_halves_learn_and_come_back_from_disk(unet, scheduler, data, comes_back):
     quantize(unet, 4, 5, "tdq", split_skips=True)
     calibrate(unet, scheduler, data=data, iterations=5, progress=False)
     refine(unet, data, "block", iterations=2, progress=False)
@@ -45,14 +44,7 @@ def test_halves_learn_and_come_back_from_disk(unet, scheduler, data, tmp_path):
     assert isinstance(layer.activation, SplitQuantizer) and layer.weight_step.shape[0] == 2
     names = activation_quantizers(unet)
     assert "up_blocks.0.resnets.0.conv1[:16]" in names and "up_blocks.0.resnets.0.conv1[16:]" in names
-    x = torch.randn(2, 1, 8, 8)
-    expected = unet(x, 999).sample
-    freeze(unet, scheduler, 4)
-    assert torch.equal(unet(x, 999).sample, expected)
-    save_quantized(unet, tmp_path)
-    assert torch.equal(load_quantized(tmp_path)(x, 999).sample, expected)
-    restore(unet)
-    assert all(torch.equal(value, original[name]) for name, value in unet.state_dict().items())
+    comes_back()
 
 
 def test_each_half_has_the_step_of_its_own_values(unet, scheduler, data):

@@ -1,37 +1,57 @@
-"""Training on a few random images: resuming after a kill, the learning rate, the files that come out."""
+"""Training on a few random images: resuming after a kill, the learning rate, the losses, the files that come out."""
 
 import itertools
 import json
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import DiTPipeline, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers.models.embeddings import LabelEmbedding
 
 from tdq_utils import load_model
 from tdq_utils.errors import TDQError
 from tdq_utils.fit import loop
+from tdq_utils.fit.loop import iteration_generator
 from tdq_utils.lab import training
 from tdq_utils.lab.fid import Statistics, load_classifier
-from tdq_utils.lab.training import check_gradients, learning_rate, train_classifier, train_unet
+from tdq_utils.lab.training import (
+    NO_CLASS,
+    check_gradients,
+    flow_matching_loss,
+    learning_rate,
+    train_classifier,
+    train_dit,
+    train_unet,
+)
 
 
 @pytest.fixture
 def tiny(monkeypatch, unet):
-    """The shape of ``unet`` and ten small random images; the state is saved after every iteration."""
+    """The shape of ``unet``, a small transformer, and ten small random images; the state is saved after every iteration."""
+    images, classes = torch.rand(10, 1, 8, 8) * 2 - 1, torch.arange(10)
+    small = dict(sample_size=8, num_layers=1, num_attention_heads=2, attention_head_dim=8)
     monkeypatch.setattr(training, "UNET", {key: value for key, value in unet.config.items() if not key.startswith("_")})
-    monkeypatch.setattr(training, "load_images", lambda **options: torch.rand(10, 1, 8, 8) * 2 - 1)
+    monkeypatch.setattr(training, "DIT", training.DIT | small)
+    monkeypatch.setattr(training, "load_images", lambda labels=False, **options: (images, classes) if labels else images)
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=itertools.count(step=100).__next__))
 
 
-def train(out, **options):
-    torch.manual_seed(3)  # of the images
-    return train_unet(out, iterations=3, batch=4, **options)
+train = partial(train_unet, iterations=3, batch=4)
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(tiny, monkeypatch, tmp_path):
+def read_dit(folder):
+    return DiTPipeline.from_pretrained(folder, vae=None)
+
+
+@pytest.mark.parametrize(("train", "read"), [
+    (train, lambda folder: load_model(folder)[0]),
+    (partial(train_dit, iterations=3, batch=4), lambda folder: read_dit(folder).transformer),
+], ids=["unet", "dit"])  # fmt: skip
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tiny, monkeypatch, tmp_path, train, read):
     whole = train(tmp_path / "whole")
 
     def killed(iteration, iterations):
@@ -46,12 +66,13 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tiny, monkeypatch, tmp_
     resumed = train(tmp_path / "parts")
 
     states = [torch.load(tmp_path / run / "state.pt") for run in ("whole", "parts")]
+    assert set(states[0]) == {"iteration", "log", "model", "ema", "optimizer"}
     assert states[0]["log"] == states[1]["log"] and len(states[0]["log"]) == 3
     assert all(torch.equal(value, states[1]["model"][key]) for key, value in states[0]["model"].items())
     averages = [state["ema"]["shadow_params"] for state in states]
     assert all(torch.equal(one, other) for one, other in zip(*averages, strict=True))
     assert (whole / "loss.csv").read_text() == (resumed / "loss.csv").read_text()
-    models = [load_model(folder)[0].state_dict() for folder in (whole, resumed)]
+    models = [read(folder).state_dict() for folder in (whole, resumed)]
     assert all(torch.equal(value, models[1][key]) for key, value in models[0].items())
 
 
@@ -108,3 +129,42 @@ def test_a_wrong_gradient_stops_the_run_before_it_starts():
     for wrong in (torch.zeros(4), torch.full((4,), torch.nan)):
         with pytest.raises(TDQError, match=r"conv.weight differs .* without --compile"):
             check_gradients(right, {**right, "conv.weight": wrong})
+
+
+def test_what_comes_out_is_the_average_and_a_flow_matching_scheduler(tiny, tmp_path):
+    pipeline = read_dit(train_dit(tmp_path, iterations=2, batch=4))
+    assert type(pipeline.scheduler) is FlowMatchEulerDiscreteScheduler
+    average = torch.load(tmp_path / "state.pt")["ema"]["shadow_params"]
+    assert all(torch.equal(*pair) for pair in zip(pipeline.transformer.parameters(), average, strict=True))
+    once = DiTTransformer2DModel.from_pretrained(tmp_path / "model" / "transformer")  # without a pipeline, too
+    assert all(torch.equal(*pair) for pair in zip(once.parameters(), average, strict=True))
+
+
+def test_labels_are_dropped_before_the_model_and_never_in_it(tiny, monkeypatch, tmp_path):
+    seen, inside = [], []
+
+    def spied(model, *args, **options):
+        labels = options["class_labels"]
+        seen.extend(labels.tolist())
+        inside.extend(module.dropout_prob for module in model.modules() if isinstance(module, LabelEmbedding))
+        return original(model, *args, **options)
+
+    original = DiTTransformer2DModel.forward
+    monkeypatch.setattr(DiTTransformer2DModel, "forward", spied)
+    train_dit(tmp_path, iterations=8, batch=32)
+    assert set(inside) == {0.0}
+    assert 0.03 < seen.count(NO_CLASS) / len(seen) < 0.2 and set(seen) == {*range(10), NO_CLASS}
+
+
+def test_the_velocity_is_what_is_learned():
+    """A model that knew noise and image would have no error: it is asked for eps - x_0 at t = 1000 sigma."""
+    images, labels = torch.rand(1, 1, 8, 8), torch.zeros(1, dtype=torch.int64)
+    images = (images + images.flip(3)) / 2  # the same when it is flipped
+
+    def knows(x_t, t, class_labels):
+        sigma = (t / 1000).view(-1, 1, 1, 1)
+        return SimpleNamespace(sample=(x_t - images) / sigma)
+
+    assert flow_matching_loss(knows, images, labels, 16, iteration_generator(0, 0)) < 1e-8
+    shifted = lambda *args, **options: SimpleNamespace(sample=knows(*args, **options).sample + 1)  # noqa: E731
+    torch.testing.assert_close(flow_matching_loss(shifted, images, labels, 16, iteration_generator(0, 0)), torch.tensor(1.0))

@@ -84,6 +84,17 @@ def each_tensor(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> 
     return recursively_apply(function, tree)
 
 
+def joined(first: Any, second: Any) -> Any:
+    """Two trees of equal structure as one: tensors joined along their first axis, what is no tensor taken from ``first``."""
+    if isinstance(first, torch.Tensor):
+        return torch.cat([first, second])
+    if isinstance(first, Mapping):
+        return {key: joined(value, second[key]) for key, value in first.items()}
+    if isinstance(first, (list, tuple)):
+        return type(first)(joined(a, b) for a, b in zip(first, second, strict=True))
+    return first
+
+
 def tell(model: nn.Module | None, t: Any) -> Any:
     """What a model is told of a scheduler's t: by its family, and its ``timestep_scale``. TDQError: only its pipeline knows."""
     family = type(getattr(model, "net", model)).__name__  # or of what a runner runs

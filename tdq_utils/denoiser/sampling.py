@@ -103,7 +103,7 @@ def sample_batches(model: Any, scheduler: Any, seeds: Seeds, steps: int = 50, ba
     seeds, batch_size, scheduling = checked_seeds(seeds), checked_whole("batch_size", batch_size, 1), scheduling or {}
     if getattr(model, "training", False):
         raise TDQError("Sampling takes a model in eval mode; this one is in training mode. Call model.eval().")
-    ask, shape, starts = _asker(model, len(seeds), **asking), shape or _shape(model), range(0, len(seeds), batch_size)
+    ask, shape, starts = asker(model, len(seeds), **asking), shape or _shape(model), range(0, len(seeds), batch_size)
     total = len(timesteps(scheduler, steps, **scheduling)) * len(starts)
     with tqdm(total=total, desc="sample", disable=not progress, leave=False) as bar:
         for start in starts:
@@ -119,8 +119,9 @@ def sample_batches(model: Any, scheduler: Any, seeds: Seeds, steps: int = 50, ba
             yield x_t.float().cpu().contiguous()
 
 
-def _asker(model, n, condition=None, negative=None, guidance=None, beside=None):
-    """A function of row numbers: what the model is asked about a batch of these rows of ``n``."""
+def asker(model: nn.Module, n: int, condition: Condition = None, negative: Condition = None, guidance: float | None = None,
+          beside: Tensor | None = None) -> Callable[[list[int]], Asked]:  # fmt: skip
+    """A function of row numbers: what the model is asked about these rows of ``n``; arguments as for :func:`sample`."""
     of_condition, of_beside = rows_of(condition, n, "condition"), rows_of({"beside": beside}, n, "beside")
     of_negative = rows_of(negative, n, "negative")
 

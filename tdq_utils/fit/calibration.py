@@ -13,6 +13,7 @@ from tdq_utils.denoiser.call import device_of, predict
 from tdq_utils.denoiser.profile import Profile
 from tdq_utils.denoiser.record import Calls
 from tdq_utils.denoiser.recording import as_profile, recording
+from tdq_utils.denoiser.sampling import SAMPLING
 from tdq_utils.errors import TDQError, check
 from tdq_utils.fit import reconstruction
 from tdq_utils.fit.calibration_set import CalibrationSet, check_eval, check_made_by, skewed_density
@@ -45,7 +46,7 @@ def calibrate(model: nn.Module, scheduler: Any = None, seeds: int | Iterable[int
     Args:
         model: quantized, in evaluation mode; its quantizers step aside while the trajectory is measured.
         scheduler, seeds, steps: a short way to ``data``, as for :func:`tdq_utils.denoiser.sampling.sample` (default: 64 images,
-            20 steps); of ``options``, ``batch_size`` and ``condition`` belong to it, too.
+            20 steps); of ``options``, ``batch_size``, ``condition``, ``guidance`` and others of ``sample`` belong to it, too.
         method: default, the one that :func:`tdq_utils.fit.quantize.quantize` was given.
         data: the :class:`tdq_utils.fit.calibration_set.CalibrationSet` to run the model on, or the inputs of a recording.
         profile: of this model, instead of data; beside it where ``reconstruct`` or ``weights_method`` needs samples.
@@ -65,7 +66,7 @@ def calibrate(model: nn.Module, scheduler: Any = None, seeds: int | Iterable[int
     state = checked_state(model)
     check_eval(model)
     method = _checked_method(state, method or state.method, reconstruct, weights_method)
-    making = dict(seeds=seeds, steps=steps, batch_size=options.pop("batch_size", None), condition=options.pop("condition", None))
+    making = dict(seeds=seeds, steps=steps, **{name: options.pop(name, None) for name in SAMPLING})
     making = {key: value for key, value in making.items() if value is not None}
     _check_options(method, options, shifted)
     samples, chooses = bool(weights_method) or reconstruct != "input", method not in DYNAMIC and state.activations is not None

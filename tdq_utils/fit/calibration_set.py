@@ -1,16 +1,19 @@
 """The calibration set: samples (x_t, t) of the full-precision model's own trajectories, saved and loaded."""
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from tdq_utils.denoiser.call import each_tensor, joined
 from tdq_utils.denoiser.loading import fingerprint
-from tdq_utils.denoiser.sampling import checked_seeds, sample, timesteps
+from tdq_utils.denoiser.sampling import asker, checked_seeds, sample, timesteps
 from tdq_utils.errors import DataError, TDQError
 from tdq_utils.fit.quantize import full_precision
 
@@ -29,7 +32,7 @@ class CalibrationSet:
     """Pairs (x_t, t) that the full-precision model met while it sampled, with what the model was called with.
 
     Attributes:
-        x_t: ``"sample channel height width"`` float32. t: ``"sample"`` int64, descending.
+        x_t: what the model got, ``"sample channel height width"``, in its dtype. t: ``"sample"``, as it was told it.
         seeds: ``"sample"`` int64, of each sample's trajectory. condition: further arguments of the model, a row a sample.
         model: :func:`tdq_utils.denoiser.loading.fingerprint` of the model that made it.
         at: how t was drawn, ``"uniform"`` or ``"skewed"``; ``"chosen"``: from a list.
@@ -39,18 +42,18 @@ class CalibrationSet:
     t: torch.Tensor
     seeds: torch.Tensor
     model: str
-    condition: dict[str, torch.Tensor] = field(default_factory=dict)
+    condition: dict[str, Any] = field(default_factory=dict)
     at: str = "uniform"
 
     @staticmethod
     def collect(model: nn.Module, scheduler: Any, seeds: int | Iterable[int] = range(64), steps: int = 20,
                 at: str | Iterable[int] = "uniform", per_seed: int | None = None,
-                condition: dict[str, torch.Tensor] | None = None, **sampling: Any) -> "CalibrationSet":  # fmt: skip
+                condition: dict[str, Any] | None = None, **sampling: Any) -> "CalibrationSet":  # fmt: skip
         """Sample trajectories and keep some of their steps; same arguments, same set.
 
         Args:
             model, scheduler, seeds, steps, condition: as for :func:`tdq_utils.denoiser.sampling.sample`; a quantized model is
-                run in full precision. sampling: ``batch_size``, ``progress`` of ``sample``.
+                run in full precision. sampling: further arguments of ``sample``; of a guided trajectory both calls are kept.
             at: ``"uniform"``: any step alike (Q-Diffusion); ``"skewed"``: steps drawn by :func:`skewed_density`
                 (PTQ4DM); or a list of time steps to keep.
             per_seed: steps kept of each trajectory, drawn without replacement from the seed alone; default: all for
@@ -61,24 +64,30 @@ class CalibrationSet:
         """
         check_eval(model)
         numbers = checked_seeds(seeds)
-        visited = timesteps(scheduler, steps)
+        if callable(condition):
+            raise TDQError("A calibration set needs conditions with a row a seed; got a function. Record calls instead: "
+                           "record(model, inputs=n) around sample(...), then data=recorded.inputs.")  # fmt: skip
+        visited = timesteps(scheduler, steps, model, **(sampling.get("scheduling") or {}))
         at = at if isinstance(at, str) else list(at)
         kept = {seed: _kept(seed, visited, at, per_seed, scheduler.config.num_train_timesteps) for seed in numbers}
         found = []
 
         def keep(call):
             rows = [i for i, seed in enumerate(call["seeds"]) if call["t"] in kept[seed]]
-            found.extend((call["t"], call["seeds"][i], call["x_t"][i].float().cpu()) for i in rows)
+            found.extend((call["t"], call["seeds"][i], call["rows"][i], call["input"][i].cpu()) for i in rows)
 
         with full_precision(model):
             made_by = fingerprint(model)
             sample(model, scheduler, numbers, steps, callback=keep, condition=condition, **sampling)
-        found.sort(key=lambda pair: -pair[0])  # stable: within a t, in the order of the seeds
-        t, owners, x_t = zip(*found, strict=True)
-        row = {seed: i for i, seed in enumerate(numbers)}
-        condition = {key: value[[row[seed] for seed in owners]] for key, value in (condition or {}).items()}
-        how = at if isinstance(at, str) else "chosen"
-        return CalibrationSet(torch.stack(x_t), torch.tensor(t), torch.tensor(owners), made_by, condition, how)
+        found.sort(key=lambda call: -call[0])  # stable: within a t, in the order of the seeds
+        t, owners, rows, x_t = (list(column) for column in zip(*found, strict=True))
+        guided, how = sampling.get("guidance") is not None, at if isinstance(at, str) else "chosen"
+        asked = asker(model, len(numbers), condition, sampling.get("negative"), sampling.get("guidance"))(rows)
+        given = joined(asked.condition, asked.negative) if guided else asked.condition
+        x_t, t, owners = (column * (1 + guided) for column in (x_t, t, owners))
+        return CalibrationSet(
+            torch.stack(x_t), torch.tensor(t), torch.tensor(owners), made_by, each_tensor(Tensor.cpu, given), how
+        )
 
     def __len__(self) -> int:
         return len(self.t)
@@ -94,8 +103,9 @@ class CalibrationSet:
         return self._batch(torch.randperm(len(self), generator=generator)[:batch_size], device)
 
     def _batch(self, rows, device):
-        x_t = self.x_t[rows].to(device).contiguous(memory_format=torch.channels_last)
-        return x_t, self.t[rows].to(device), {key: value[rows].to(device) for key, value in self.condition.items()}
+        x_t = self.x_t[rows].to(device)
+        x_t = x_t.contiguous(memory_format=torch.channels_last) if x_t.dim() == 4 else x_t
+        return x_t, self.t[rows].to(device), each_tensor(lambda value: value[rows].to(device), self.condition)
 
     def check(self, model: nn.Module) -> None:
         """TDQError: the set was made with another model."""
@@ -103,8 +113,11 @@ class CalibrationSet:
 
     def save(self, path: str | Path) -> None:
         """Write the set as npz (no pickles), beside ``path`` and then moved onto it."""
-        arrays: dict[str, Any] = {f"condition.{key}": value.numpy() for key, value in self.condition.items()}
-        arrays |= dict(x_t=self.x_t, t=self.t, seeds=self.seeds, model=np.array(self.model), at=np.array(self.at))
+        arrays: dict[str, Any] = dict(_flat("condition", self.condition))
+        arrays |= dict(x_t=self.x_t, t=self.t, seeds=self.seeds)
+        kinds = {name: str(value.dtype).removeprefix("torch.") for name, value in arrays.items()}
+        arrays = {name: value.float().numpy() if value.is_floating_point() else value.numpy() for name, value in arrays.items()}
+        arrays |= dict(model=np.array(self.model), at=np.array(self.at), kinds=np.array(json.dumps(kinds)))
         beside = Path(f"{path}.part")
         with open(beside, "wb") as file:  # given a name, numpy would add .npz to it
             np.savez_compressed(file, **arrays)
@@ -116,12 +129,30 @@ class CalibrationSet:
         try:
             with np.load(path) as data:
                 given = {key: data[key] for key in data.files}
-            x_t, t, seeds = (torch.from_numpy(given.pop(key)) for key in ("x_t", "t", "seeds"))
-            model, at = str(given.pop("model")), str(given.pop("at", "uniform"))
-            condition = {key.removeprefix("condition."): torch.from_numpy(value) for key, value in given.items()}
+            model, at, kinds = str(given.pop("model")), str(given.pop("at", "uniform")), json.loads(str(given.pop("kinds", "{}")))
+            tensors = {name: torch.from_numpy(value) for name, value in given.items()}
+            tensors = {name: value.to(getattr(torch, kinds[name])) if name in kinds else value for name, value in tensors.items()}
+            x_t, t, seeds = (tensors.pop(key) for key in ("x_t", "t", "seeds"))
+            condition: dict[str, Any] = {}
+            for name, value in tensors.items():
+                _, *path, last = name.split(".")
+                reduce(lambda tree, key: tree.setdefault(key, {}), path, condition)[last] = value
             return CalibrationSet(x_t, t, seeds, model, condition, at)
         except Exception as error:
             raise DataError(f"{path} must be a calibration set as CalibrationSet.save writes it: {error!r}") from error
+
+
+def _flat(name, tree):
+    """``(dotted name, tensor)`` of a tree of dicts. TDQError: other things are in it."""
+    if isinstance(tree, Tensor):
+        yield name, tree
+    elif isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _flat(f"{name}.{key}", value)
+    else:
+        raise TDQError(
+            f"A set is saved with conditions that are tensors, in dicts; {name} is a {type(tree).__name__}. Leave it out."
+        )
 
 
 def check_eval(model: nn.Module) -> None:

@@ -230,19 +230,20 @@ def _swap(model, others):
             parameter.data, others[name] = others[name], parameter.data
 
 
-def freeze(model: nn.Module, scheduler: Any = None, steps: int | None = None, nearest: bool = False) -> None:
+def freeze(model: nn.Module, scheduler: Any = None, steps: int | None = None, nearest: bool = False,
+           scheduling: dict[str, Any] | None = None) -> None:  # fmt: skip
     """Pre-compute all that inference needs: step sizes over t become a table, weights are rounded once; outputs stay.
 
     Args:
         model: quantized and calibrated. scheduler: decides which t are visited; default: those that calibration saw.
-        steps: sampling steps; default: every t that the scheduler was trained with.
+        steps: sampling steps; default: every t that the scheduler was trained with. scheduling: as for ``sample``.
         nearest: let a per-step table answer for steps it was not calibrated for by its nearest t, instead of refusing.
 
     Raises:
         TDQError: not quantized, not calibrated, or calibrated per step at other steps.
     """
     state = checked_state(model)
-    visited = state.visited if scheduler is None else timesteps(scheduler, steps)
+    visited = state.visited if scheduler is None else timesteps(scheduler, steps, model, **(scheduling or {}))
     quantizers = activation_quantizers(model)
     frozen = {name: frozen_step(quantizer.step, visited, nearest) for name, quantizer in quantizers.items()}
     for name, quantizer in quantizers.items():

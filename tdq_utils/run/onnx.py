@@ -198,7 +198,7 @@ class OnnxModel(nn.Module):
         (_, channels, *size), about = self.session.get_inputs()[0].shape, self.session.get_modelmeta().custom_metadata_map
         self.config = SimpleNamespace(in_channels=channels, sample_size=size)
         self.visited = sorted(float(t) for t in about["timesteps"].split())
-        self.dtype = _dtype(self.visited)
+        self.time_dtype = _dtype(self.visited)
         self.eval()
         self.device = nn.Parameter(torch.empty(0), requires_grad=False)  # samplers ask a parameter for it
         if about["weights"] == "8" and platform.machine().lower() in ("x86_64", "amd64") and not INT8_FLAGS & cpu_flags():
@@ -210,7 +210,7 @@ class OnnxModel(nn.Module):
         if others:
             raise TDQError(f"The file takes one t a call; got {t:g} and {others[0]:g}. Call it once for each.")
         t = self.visited[nearest(self.visited, t)] if self.visited else t
-        given = {"sample": sample, "timestep": torch.tensor(t).to(self.dtype), **condition}
+        given = {"sample": sample, "timestep": torch.tensor(t).to(self.time_dtype), **condition}
         (out,) = self.session.run(None, {name: np.ascontiguousarray(value.numpy()) for name, value in given.items()})
         return SimpleNamespace(sample=torch.from_numpy(out))
 

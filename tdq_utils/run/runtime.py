@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tdq_utils.denoiser.call import time_argument
 from tdq_utils.denoiser.sampling import timesteps
 from tdq_utils.errors import TDQError
 from tdq_utils.fit.layers import QuantizedLayer, SplitQuantizer
@@ -34,7 +35,7 @@ class Compiled(nn.Module):
         timestep = torch.as_tensor(timestep, device=sample.device)  # a number would be compiled into the graph
         if self.compiled and sample.dim() == 4:  # every new stride is compiled anew, and one channel has strides of two formats
             sample = sample.clone(memory_format=torch.channels_last)
-        return self.net(sample, timestep, **condition)
+        return self.net(sample, **{time_argument(self.net): timestep}, **condition)
 
 
 class ChannelwiseGroupNorm(nn.GroupNorm):
@@ -74,7 +75,7 @@ class Runner(Compiled):
     now: torch.Tensor
 
     def __init__(self, model: nn.Module, scheduler: Any = None, steps: int | None = None, compiled: bool = True):
-        visited = _frozen_for(model) if scheduler is None else timesteps(scheduler, steps)
+        visited = _frozen_for(model) if scheduler is None else timesteps(scheduler, steps, model)
         table = interval_table(model, visited)
         super().__init__(_copy(model, now := table[0].clone(), self.make_layer), compiled)
         self.rows = {float(t): row for row, t in enumerate(visited)}

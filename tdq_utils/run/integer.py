@@ -13,6 +13,7 @@ from tdq_utils.fit.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinea
 from tdq_utils.run.runtime import Runner, bits_on_grid
 
 INT8_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8"}  # instructions that add products of 8 bits in 32 bits
+X86 = ("x86_64", "amd64")
 
 
 class IntegerRunner(Runner):
@@ -56,12 +57,19 @@ def cpu_flags() -> set[str]:
     return set(next((line.split(":")[1].split() for line in lines if line.startswith("flags")), ()))
 
 
+def saturates(weight_bits: int) -> bool:
+    """Whether sums with such weights may be cut here: older instructions of x86 add two products in 16 bits.
+
+    2 * 255 * 64 fits, 2 * 255 * 128 does not.
+    """
+    return weight_bits == 8 and platform.machine().lower() in X86 and not INT8_FLAGS & cpu_flags()
+
+
 def _check_processor(weight_bits):
-    if platform.machine().lower() not in ("x86_64", "amd64"):
+    if platform.machine().lower() not in X86:
         raise TDQError(f"Integer kernels are there for x86-64; this processor is {platform.machine()}. Sample the frozen model: "
                        "the simulation gives the same images.")  # fmt: skip
-    # Older instructions add two products in 16 bits: 2 * 255 * 64 fits, 2 * 255 * 128 does not.
-    if not INT8_FLAGS & cpu_flags() and weight_bits == 8:
+    if saturates(weight_bits):
         raise TDQError(f"8-bit weights need one of {', '.join(sorted(INT8_FLAGS))}, or sums saturate; this processor has none. "
                        "Quantize weights to 7 bits or fewer, or sample the frozen model: the simulation.")  # fmt: skip
     if not INT8_FLAGS & cpu_flags():

@@ -1,16 +1,13 @@
-"""Write a calibrated model as an ONNX file whose intervals are gathered by t, run it in onnxruntime, see which kernels ran."""
+"""Write a calibrated model as an ONNX file whose intervals are gathered by t; run one in onnxruntime."""
 
 import copy
 import importlib
 import logging
-import platform
-import tempfile
 import warnings
-from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,15 +16,8 @@ from torch import nn
 from tdq_utils.errors import TDQError
 from tdq_utils.fit.layers import QuantizedConv2d, QuantizedLinear
 from tdq_utils.fit.quantize import full_precision, quantized_layers
-from tdq_utils.method.step_sizes import TimeSteps, nearest
-from tdq_utils.run.integer import INT8_FLAGS, cpu_flags
-from tdq_utils.run.runtime import RowQuantizer, Runner, bits_on_grid
-
-if TYPE_CHECKING:
-    import pandas
-
-INTEGER = {"ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearConv", "QLinearMatMul"}
-FLOAT = {"Conv", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul"}  # as onnxruntime names its kernels
+from tdq_utils.run.integer import saturates
+from tdq_utils.run.runtime import RowQuantizer, Runner, bits_on_grid, one_time
 
 
 def export_onnx(model: nn.Module, scheduler: Any, steps: int, path: str | Path,
@@ -77,7 +67,7 @@ def _checked_kind(name, layer):
 
 
 def _write(net, path, condition, weights=32):
-    _needed("onnx", "onnxscript")
+    needed("onnx", "onnxscript")
     shape = (net.config.in_channels, *np.broadcast_to(net.config.sample_size, 2).tolist())
     rows = len(next(iter(condition.values()), (0, 0)))  # one row alone would be taken for a constant
     batch = {0: torch.export.Dim("batch", max=63)}  # diffusers copies tensors from 64 on: no difference to the file
@@ -194,57 +184,34 @@ class OnnxModel(nn.Module):
 
     def __init__(self, path: str | Path, threads: int | None = None):
         super().__init__()
-        self.session = _session(path, threads or torch.get_num_threads())
+        self.session = session(path, threads or torch.get_num_threads())
         (_, channels, *size), about = self.session.get_inputs()[0].shape, self.session.get_modelmeta().custom_metadata_map
         self.config = SimpleNamespace(in_channels=channels, sample_size=size)
         self.visited = sorted(float(t) for t in about["timesteps"].split())
         self.dtype = _dtype(self.visited)
         self.eval()
         self.device = nn.Parameter(torch.empty(0), requires_grad=False)  # samplers ask a parameter for it
-        if about["weights"] == "8" and platform.machine().lower() in ("x86_64", "amd64") and not INT8_FLAGS & cpu_flags():
+        if saturates(int(about["weights"])):
             raise TDQError("8-bit weights need 8-bit dot products; this processor names none. Quantize weights to 7 bits.")
 
     def forward(self, sample: torch.Tensor, timestep: Any, **condition: torch.Tensor) -> SimpleNamespace:
         """An object whose ``sample`` is the output, float32."""
-        t, *others = TimeSteps(timestep, torch.as_tensor(timestep).numel()).values
-        if others:
-            raise TDQError(f"The file takes one t a call; got {t:g} and {others[0]:g}. Call it once for each.")
-        t = self.visited[nearest(self.visited, t)] if self.visited else t
-        given = {"sample": sample, "timestep": torch.tensor(t).to(self.dtype), **condition}
+        t = torch.tensor(one_time(torch.as_tensor(timestep), self.visited))
+        given = {"sample": sample, "timestep": t.to(self.dtype), **condition}
         (out,) = self.session.run(None, {name: np.ascontiguousarray(value.numpy()) for name, value in given.items()})
         return SimpleNamespace(sample=torch.from_numpy(out))
 
 
-def kernels(path: str | Path) -> "pandas.DataFrame":
-    """The kernels that onnxruntime multiplies with on this machine: those in the file's graph after all fusions.
-
-    Columns ``kernel``, ``arithmetic`` ("int8" or "float32"), ``layers`` ("quantized" or "full precision": also products of
-    activations), ``count``. A float32 kernel of a quantized layer is one that is fed by DequantizeLinear. TDQError: onnx or
-    onnxruntime is not installed.
-    """
-    import pandas as pd
-
-    with tempfile.TemporaryDirectory() as folder:
-        _session(path, 1, fused=f"{folder}/fused.onnx")
-        nodes = _needed("onnx")[0].load(f"{folder}/fused.onnx").graph.node
-    dequantized = {name for node in nodes if node.op_type == "DequantizeLinear" for name in node.output}
-    found: Counter[tuple[str, str, str]] = Counter()
-    for node in nodes:
-        if node.op_type in INTEGER:
-            found[node.op_type, "int8", "quantized"] += 1
-        elif node.op_type in FLOAT:
-            found[node.op_type, "float32", "quantized" if dequantized & set(node.input) else "full precision"] += 1
-    return pd.DataFrame([(*key, n) for key, n in sorted(found.items())], columns=["kernel", "arithmetic", "layers", "count"])
-
-
-def _session(path, threads, fused=""):
-    (onnxruntime,) = _needed("onnxruntime")
+def session(path: str | Path, threads: int = 1, fused: str = "") -> Any:
+    """The file in onnxruntime, on the CPU; ``fused``: where to write its graph after all fusions. TDQError: not installed."""
+    (onnxruntime,) = needed("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.optimized_model_filepath, options.log_severity_level = threads, fused, 4
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def _needed(*names):
+def needed(*names: str) -> list[Any]:
+    """These modules, imported. TDQError: one is not installed."""
     try:
         return [importlib.import_module(name) for name in names]
     except ImportError as error:

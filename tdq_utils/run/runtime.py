@@ -116,10 +116,15 @@ class Runner(Compiled):
 
     def row(self, timestep: torch.Tensor) -> torch.Tensor:
         """The row of the table, ``"value quantizer"``, of a call's time steps."""
-        (t, *others), known = TimeSteps(timestep, timestep.numel()).values, sorted(self.rows)
-        if others:
-            raise TDQError(f"A runner takes one t a call; got {t:g} and {others[0]:g}. Call the frozen model itself.")
-        return self.table[self.rows[t if t in self.rows else known[nearest(known, t)]]]
+        return self.table[self.rows[one_time(timestep, sorted(self.rows))]]
+
+
+def one_time(timestep: torch.Tensor, known: list[float]) -> float:
+    """What a call's time steps are among the ``known``, ascending (none: any). TDQError: several, or not known."""
+    t, *others = TimeSteps(timestep, timestep.numel()).values
+    if others:
+        raise TDQError(f"This model takes one t a call; got {t:g} and {others[0]:g}. Call it for each, or the frozen model once.")
+    return known[nearest(known, t)] if known else t
 
 
 def bits_on_grid(model: nn.Module) -> tuple[int, int]:

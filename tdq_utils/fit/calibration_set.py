@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from tdq_utils.denoiser.loading import fingerprint
+from tdq_utils.denoiser.profile import write_arrays
 from tdq_utils.denoiser.sampling import checked_seeds, sample, timesteps
 from tdq_utils.errors import DataError, TDQError
 from tdq_utils.fit.quantize import full_precision
 
-# PTQ4DM draws t from a normal distribution (mean, standard deviation), in units of the training steps T.
-SKEWED = (0.4, 0.4)  # Shang et al. 2023, the script of their code for DDIM
+SKEWED = (0.4, 0.4)  # mean and deviation of t / T in PTQ4DM (Shang et al. 2023, the script of their code for DDIM)
 
 
 def skewed_density(t: Any, num_train_timesteps: int = 1000) -> np.ndarray:
@@ -49,19 +49,17 @@ class CalibrationSet:
         """Sample trajectories and keep some of their steps; same arguments, same set.
 
         Args:
-            model, scheduler, seeds, steps, condition: as for :func:`tdq_utils.denoiser.sampling.sample`; a quantized model is
-                run in full precision. sampling: ``batch_size``, ``progress`` of ``sample``.
+            model, scheduler, seeds, steps, condition, sampling: as for :func:`tdq_utils.denoiser.sampling.sample`; a quantized
+                model is run in full precision.
             at: ``"uniform"``: any step alike (Q-Diffusion); ``"skewed"``: steps drawn by :func:`skewed_density`
                 (PTQ4DM); or a list of time steps to keep.
             per_seed: steps kept of each trajectory, drawn without replacement from the seed alone; default: all for
                 "uniform", half for "skewed".
 
-        Raises:
-            TDQError: unknown ``at``, a time step that is not visited, ``per_seed`` out of range, a model in training mode.
+        TDQError: unknown ``at``, a time step that is not visited, ``per_seed`` out of range, a model in training mode.
         """
         check_eval(model)
-        numbers = checked_seeds(seeds)
-        visited = timesteps(scheduler, steps)
+        numbers, visited = checked_seeds(seeds), timesteps(scheduler, steps)
         at = at if isinstance(at, str) else list(at)
         kept = {seed: _kept(seed, visited, at, per_seed, scheduler.config.num_train_timesteps) for seed in numbers}
         found = []
@@ -77,8 +75,8 @@ class CalibrationSet:
         t, owners, x_t = zip(*found, strict=True)
         row = {seed: i for i, seed in enumerate(numbers)}
         condition = {key: value[[row[seed] for seed in owners]] for key, value in (condition or {}).items()}
-        how = at if isinstance(at, str) else "chosen"
-        return CalibrationSet(torch.stack(x_t), torch.tensor(t), torch.tensor(owners), made_by, condition, how)
+        drawn = at if isinstance(at, str) else "chosen"
+        return CalibrationSet(torch.stack(x_t), torch.tensor(t), torch.tensor(owners), made_by, condition, drawn)
 
     def __len__(self) -> int:
         return len(self.t)
@@ -102,13 +100,9 @@ class CalibrationSet:
         check_made_by(model, self.model, "calibration set")
 
     def save(self, path: str | Path) -> None:
-        """Write the set as npz (no pickles), beside ``path`` and then moved onto it."""
+        """Write the set as npz (no pickles)."""
         arrays: dict[str, Any] = {f"condition.{key}": value.numpy() for key, value in self.condition.items()}
-        arrays |= dict(x_t=self.x_t, t=self.t, seeds=self.seeds, model=np.array(self.model), at=np.array(self.at))
-        beside = Path(f"{path}.part")
-        with open(beside, "wb") as file:  # given a name, numpy would add .npz to it
-            np.savez_compressed(file, **arrays)
-        beside.replace(path)
+        write_arrays(path, **arrays, x_t=self.x_t, t=self.t, seeds=self.seeds, model=self.model, at=self.at)
 
     @staticmethod
     def load(path: str | Path) -> "CalibrationSet":
@@ -137,12 +131,11 @@ def check_made_by(model: nn.Module, made_by: str, what: str) -> None:
     with full_precision(model):
         given = fingerprint(model)
     if made_by not in ("", given):
-        message = f"A {what} serves the model that made it, {made_by}; this model is {given}."
-        raise TDQError(f"{message} Make another: CalibrationSet.collect(model, scheduler, ...) or profile_activations.")
+        raise TDQError(f"A {what} serves the model that made it, {made_by}; this model is {given}. Make another: "
+                       "CalibrationSet.collect(model, scheduler, ...) or profile_activations.")  # fmt: skip
 
 
 def _kept(seed, visited, at, per_seed, num_train_timesteps):
-    """The time steps that are kept of one trajectory."""
     if not isinstance(at, str):
         if not at or per_seed is not None:
             got = "an empty list" if not at else f"per_seed={per_seed}, too, which is for 'uniform' and 'skewed'"

@@ -86,8 +86,7 @@ class Trainer:
         ``loss_of``: the loss, of the random numbers of an iteration. ``rate_of``: the rate of an iteration.
         TDQError: a loss or gradient that is not finite; no parameter has seen it. DataError: a damaged state.
         """
-        start, log = self._load()
-        saved = time.monotonic()
+        (start, log), saved = self._load(), time.monotonic()
         self.model.train()
         bar = tqdm(range(start, iterations), title, iterations, initial=start, disable=not progress, leave=False, mininterval=2)
         for i in bar:
@@ -136,8 +135,8 @@ class Trainer:
                 part.load_state_dict(state[name])
             return state["iteration"], state["log"]
         except Exception as error:
-            wrong = f"{self.path} must be a state of this training, as it was saved: {error!r}"
-            raise DataError(f"{wrong}. Delete it to start anew.") from error
+            message = f"{self.path} must be a state of this training, as it was saved: {error!r}. Delete it to start anew."
+            raise DataError(message) from error
 
 
 def state_path(out: str | Path, settings: dict[str, Any]) -> Path:
@@ -152,10 +151,8 @@ def state_path(out: str | Path, settings: dict[str, Any]) -> Path:
     for name in {**settings, **other}:
         there, here = (repr(found[name]) if name in found else "its default" for found in (other, settings))
         if there != here:
-            raise TDQError(
-                f"A run goes on with the settings that it began with; {out} holds one with {name} = {there}, "
-                f"this one has {here}. Choose another out, or delete that folder."
-            )
+            raise TDQError(f"A run goes on with the settings that it began with; {out} holds one with {name} = {there}, "
+                           f"this one has {here}. Choose another out, or delete that folder.")  # fmt: skip
     return state
 
 

@@ -16,7 +16,6 @@ from tdq_utils.fit.quantize import activation_quantizers, checked_state, full_pr
 from tdq_utils.method.generator import StepGenerator
 from tdq_utils.method.step_sizes import LearnedStep, TimeSteps
 
-TARGETS = ("block", "noise")
 # The units of reconstruction, as in BRECQ (Li et al. 2021): residual blocks, attention, resampling.
 BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock", "Attention", "Downsample2D", "Upsample2D")
 
@@ -47,11 +46,9 @@ def refine(model: nn.Module, data: CalibrationSet, target: str = "block", iterat
     steps = [quantizer.step for quantizer in activation_quantizers(model).values()]
     sources = nn.ModuleList(step for step in steps if isinstance(step, (LearnedStep, StepGenerator)))
     sources.train().requires_grad_()
-    error = {"block": _block_error, "noise": _noise_error}[target]
-    loss = lambda batch, i: error(model, batch)  # noqa: E731
+    loss, how = partial(TARGETS[target], model), (iterations, rate, batch_size, seed, progress)
     try:
-        how = iterations, rate, batch_size, seed, progress
-        return _learn(model, data, loss, list(sources.parameters()), f"refine by {target}", *how)
+        return _learn(model, data, lambda batch, i: loss(batch), list(sources.parameters()), f"refine by {target}", *how)
     finally:
         sources.eval()
 
@@ -95,6 +92,9 @@ def _block_error(model, batch):
             for name, (args, kwargs, expected) in seen.items()
         ]
     return torch.stack(errors).mean()
+
+
+TARGETS = {"block": _block_error, "noise": _noise_error}
 
 
 class SoftRounding(nn.Module):
@@ -150,8 +150,8 @@ def adaround(model: nn.Module, data: CalibrationSet, iterations: int = 400, rate
     try:
         for layer in activations:
             layer.activation = None
-        how = iterations, rate, batch_size, seed, progress
-        losses = _learn(model, data, loss, [rounding.v for _, rounding in soft], "adaround", *how)
+        parameters, how = [rounding.v for _, rounding in soft], (iterations, rate, batch_size, seed, progress)
+        losses = _learn(model, data, loss, parameters, "adaround", *how)
     finally:
         for layer, activation in activations.items():
             layer.activation, layer.rounded = activation, None

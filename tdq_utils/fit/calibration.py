@@ -144,8 +144,7 @@ class _Problem:
     """One layer's activations over t, as weighted values: all that any method here looks at."""
 
     def __init__(self, profile, layer, bits, shifted):
-        row = profile.row(layer)
-        self.grid, self.t = profile.grid(layer, bits, shifted), torch.from_numpy(profile.t)
+        row, self.grid, self.t = profile.row(layer), profile.grid(layer, bits, shifted), torch.from_numpy(profile.t)
         self.least, self.greatest = (torch.from_numpy(ends[row]).float() for ends in (profile.least, profile.greatest))
         self.best_steps = lambda: profile.best_steps(layer, bits, shifted)
         # Hundreds of iterations look at these: as coarse as the step size allows.

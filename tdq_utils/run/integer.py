@@ -17,15 +17,13 @@ X86 = ("x86_64", "amd64")
 
 
 class IntegerRunner(Runner):
-    """A copy of a calibrated model that multiplies and adds integers.
+    """A :class:`tdq_utils.run.runtime.Runner` that multiplies and adds integers.
 
     Activations are uint8 with the zero of their grid, weights int8 with a step size for each output channel, sums int32.
-    One packed weight serves every t, because the interval of the activations enters as a number at each call. The layers
-    that quantization left in full precision stay so, and so do norms, activation functions and the attention product.
+    One packed weight serves every t, because the interval of the activations enters as a number at each call.
 
-    Args, Attributes, TDQError: as :class:`tdq_utils.run.runtime.Runner`; and TDQError: weights or activations not quantized;
-    halves of inputs quantized apart; a kind of layer without an integer kernel; a processor that is not x86, or weights of
-    8 bits where no instruction adds products of 8 bits.
+    Further TDQError: weights or activations not quantized; halves of inputs quantized apart; a kind of layer without an integer
+    kernel; a processor that is not x86, or weights of 8 bits where no instruction adds products of 8 bits.
     """
 
     def __init__(self, model: nn.Module, scheduler: Any = None, steps: int | None = None, compiled: bool = True):
@@ -58,10 +56,7 @@ def cpu_flags() -> set[str]:
 
 
 def saturates(weight_bits: int) -> bool:
-    """Whether sums with such weights may be cut here: older instructions of x86 add two products in 16 bits.
-
-    2 * 255 * 64 fits, 2 * 255 * 128 does not.
-    """
+    """Whether sums may be cut here: older instructions of x86 add two products in 16 bits; 2 * 255 * 64 fits, * 128 does not."""
     return weight_bits == 8 and platform.machine().lower() in X86 and not INT8_FLAGS & cpu_flags()
 
 
@@ -77,10 +72,9 @@ def _check_processor(weight_bits):
 
 
 class IntegerConv2d(nn.Module):
-    """Quantize the input with ``quantizer.levels(x)``, multiply and add integers, return floats.
+    """Quantizes its input with ``quantizer.levels(x)``, multiplies and adds integers, and returns floats.
 
-    Attributes:
-        packed: weights of the frozen ``layer`` as the kernel wants them, one byte each. weight_step: of each output channel.
+    ``packed``: weights of the frozen ``layer`` as the kernel wants them, one byte each; ``weight_step``: of each output channel.
     """
 
     weight_step: torch.Tensor
@@ -89,10 +83,10 @@ class IntegerConv2d(nn.Module):
 
     def __init__(self, layer: QuantizedLayer, quantizer: Any):
         super().__init__()
+        self.quantizer = quantizer
         pixel = ([1, 1], [0, 0], [1, 1], 1)  # a linear layer's: strides, padding, dilation, groups
         strided = type(layer) is QuantizedConv2d
         self.geometry = (layer.stride, layer.padding, layer.dilation, layer.groups) if strided else pixel
-        self.quantizer = quantizer
         for name in ("weight_step", "weight_zero", "bias"):
             self.register_buffer(name, None)
         self.load(layer)

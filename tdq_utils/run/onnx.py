@@ -22,20 +22,16 @@ from tdq_utils.run.runtime import RowQuantizer, Runner, bits_on_grid, one_time
 
 def export_onnx(model: nn.Module, scheduler: Any, steps: int, path: str | Path,
                 condition: dict[str, torch.Tensor] | None = None) -> None:  # fmt: skip
-    """Write a quantized model as an ONNX file with the inputs ``sample`` and ``timestep`` (one for
-    the batch; a whole number, or a float if any visited t is fractional).
+    """Write a quantized model as an ONNX file; each layer gives what the simulated one gives, but for the last bits of its sums.
 
-    Each quantized layer has QuantizeLinear and DequantizeLinear nodes on its input, and a DequantizeLinear on its int8
-    weights. Scale and zero point of the input are gathered from tables over the visited time steps, at the row that holds
-    the value of t; a t that no row holds stops the run with an error.
-
-    onnxruntime takes integers for a product between such nodes; for a convolution it would want the output quantized too,
-    which changes the numbers. So convolutions are written as products, with the uint8 levels that an output pixel sees
-    gathered into a row: a layer gives what the simulated one gives, but for the last bits of its sums.
+    A quantized layer has QuantizeLinear and DequantizeLinear nodes on its input, with scale and zero point gathered from tables
+    over the visited time steps by the value of t (another t stops the run), and a DequantizeLinear on its int8 weights. For a
+    convolution between such nodes onnxruntime would want the output quantized too; so it is written as a product.
 
     Args:
         model: calibrated, frozen or not; left as it is. scheduler, steps: the time steps that the tables hold.
-        path: of the file; it takes images of the model's size, in batches of any.
+        path: of the file; its inputs are ``sample``, of the model's size, in batches of any, and ``timestep``, one for the batch:
+            a whole number, or a float if any visited t is fractional.
         condition: an example of the model's further arguments, two rows or more each: further inputs of the file.
 
     TDQError: not quantized and calibrated, or for other steps; weights or inputs without a grid; intervals that depend on the
@@ -87,17 +83,14 @@ def _write(net, path, condition, weights=32):
     program.save(path)
 
 
-def _dtype(visited):  # of the input that carries t
-    return torch.int64 if all(float(t).is_integer() for t in visited) else torch.float32
-
-
 class _Timed(nn.Module):
     """The model, and before it the search for the row of t that its layers gather from."""
 
     def __init__(self, net, clock=None, visited=()):
         super().__init__()
         self.net, self.config, self.clock, self.visited = net, net.config, clock, visited
-        self.register_buffer("timesteps", torch.tensor(visited, dtype=_dtype(visited)))
+        whole = all(float(t).is_integer() for t in visited)
+        self.register_buffer("timesteps", torch.tensor(visited, dtype=torch.int64 if whole else torch.float32))
 
     def forward(self, sample, timestep, condition):
         if self.visited:
@@ -116,7 +109,7 @@ def _dequantized(q, s, zero=None, **axis):
 
 
 class _Product(nn.Module):
-    """A quantized linear layer as ONNX nodes. ``table``: that of :class:`Runner`. ``clock``: has the row."""
+    """A quantized linear layer as ONNX nodes; ``table``: of :class:`Runner`, ``clock``: has the row."""
 
     def __init__(self, layer, table, clock):
         super().__init__()
@@ -148,7 +141,7 @@ class _Product(nn.Module):
 
 
 class _Convolution(_Product):
-    """A quantized convolution as a product of gathered pixels."""
+    """A quantized convolution as a product: the levels that an output pixel sees are gathered into a row."""
 
     def __init__(self, layer, table, clock):
         super().__init__(layer, table, clock)
@@ -188,7 +181,7 @@ class OnnxModel(nn.Module):
         (_, channels, *size), about = self.session.get_inputs()[0].shape, self.session.get_modelmeta().custom_metadata_map
         self.config = SimpleNamespace(in_channels=channels, sample_size=size)
         self.visited = sorted(float(t) for t in about["timesteps"].split())
-        self.dtype = _dtype(self.visited)
+        self.dtype = torch.int64 if all(t.is_integer() for t in self.visited) else torch.float32
         self.eval()
         self.device = nn.Parameter(torch.empty(0), requires_grad=False)  # samplers ask a parameter for it
         if saturates(int(about["weights"])):

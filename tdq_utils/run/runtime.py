@@ -38,10 +38,9 @@ class Compiled(nn.Module):
 
 
 class ChannelwiseGroupNorm(nn.GroupNorm):
-    """A group norm that reduces each channel before it joins those of a group: the same but for last bits.
+    """A group norm that reduces each channel before it joins those of a group: the same but for last bits."""
 
-    Groups of three channels defeat torch's compiler: two such norms took a quarter of the shipped model's time in integers.
-    """
+    # Groups of three channels defeat torch's compiler: two such norms took a quarter of the shipped model's time in integers.
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalized, scaled and shifted, shaped as ``x``."""
@@ -65,13 +64,10 @@ class Runner(Compiled):
         model: calibrated, frozen or not; left as it is. TDQError: it is neither, or calibrated per step at other steps.
         scheduler, steps: what the runner can be sampled with; default: what the model was frozen for.
         compiled: run through ``torch.compile`` (most of a minute at the first call, less time at every other).
-
-    Attributes:
-        table: ``"t value quantizer"`` (:func:`interval_table`). now: its row in use, ``"value quantizer"``. net: the copy.
     """
 
-    table: torch.Tensor
-    now: torch.Tensor
+    table: torch.Tensor  # "t value quantizer" (interval_table)
+    now: torch.Tensor  # its row in use, "value quantizer"
 
     def __init__(self, model: nn.Module, scheduler: Any = None, steps: int | None = None, compiled: bool = True):
         visited = _frozen_for(model) if scheduler is None else timesteps(scheduler, steps)
@@ -171,10 +167,7 @@ def _column(quantizer, visited):
 
 
 class RowQuantizer(nn.Module):
-    """Fake-quantizes with the interval in ``column`` of the row in use, ``now``, ``"value quantizer"``.
-
-    If the interval depends on the input, ``step`` finds it, between the levels that the column holds.
-    """
+    """Fake-quantizes with the interval in ``column`` of ``now``, ``"value quantizer"``, or that ``step`` finds for the input."""
 
     def __init__(self, now: torch.Tensor, column: int, step: DynamicStep | None = None):
         super().__init__()
@@ -198,9 +191,8 @@ class RowQuantizer(nn.Module):
 
 def _copy(model, now, make_layer):
     """A copy of the model that is not quantized, with layers made by ``make_layer`` whose quantizers read ``now``."""
-    net, readers = copy.deepcopy(model), {}
-    for column, quantizer in enumerate(activation_quantizers(net).values()):
-        readers[quantizer] = RowQuantizer(now, column, quantizer.step if isinstance(quantizer.step, DynamicStep) else None)
+    net, dynamic = copy.deepcopy(model), lambda step: step if isinstance(step, DynamicStep) else None
+    readers = {q: RowQuantizer(now, column, dynamic(q.step)) for column, q in enumerate(activation_quantizers(net).values())}
     for name, layer in quantized_layers(net).items():
         activation = readers.get(layer.activation)
         if isinstance(layer.activation, SplitQuantizer):

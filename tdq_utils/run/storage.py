@@ -25,12 +25,9 @@ HOW = ("weights", "activations", "method", "weights_per", "split_skips")  # quan
 def save_quantized(model: Any, folder: str | Path, packed: bool = False) -> None:
     """Write a quantized model, calibrated or not, frozen or not, so that it round-trips exactly.
 
-    A model that the folder holds already stays whole until the new one is: the JSON names its tensors and is replaced last.
-
-    Args:
-        model: quantized. folder: gets ``quantization.json`` and ``model-....safetensors``.
-        packed: keep of the quantized weights only their levels: one byte each, or two in a byte from 4 bits down. The model
-            that comes back gives the same outputs; the weights before rounding are gone. TDQError: weights are not quantized.
+    ``folder`` gets ``quantization.json`` and ``model-....safetensors``; one that it holds already stays whole until they are.
+    ``packed``: keep of the quantized weights only their levels: one byte each, or two in a byte from 4 bits down. The model that
+    comes back gives the same outputs; the weights before rounding are gone. TDQError: the weights, or the model, not quantized.
     """
     state = checked_state(model)
     if packed and state.weights is None:
@@ -94,8 +91,7 @@ def load_quantized(folder: str | Path) -> nn.Module:
             raise ValueError(f"sha256 of {name} must be {settings['sha256']}, got {digest}; copy both files again")
         return _build(settings, load_file(folder / name))
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
-        message = f"{folder} must hold quantization.json and the tensors it names, as save_quantized writes them: {error!r}"
-        raise DataError(message) from error
+        raise DataError(f"{folder} must hold a JSON and its tensors, as save_quantized writes them: {error!r}") from error
 
 
 def pack(levels: torch.Tensor, bits: int) -> torch.Tensor:
@@ -120,7 +116,6 @@ def _sha256(path):
 
 
 def _build(settings, tensors):
-    """The quantized model that the contents of the two files describe."""
     import diffusers  # slow to import
     from accelerate import init_empty_weights
 
@@ -148,12 +143,12 @@ def _build(settings, tensors):
 
 def _describe(quantizer):
     """JSON for an activation quantizer: its grid, and the kind and shape of its step source."""
-    grid, step = quantizer.grid, quantizer.step
-    return dict(grid=grid and vars(grid), step=step and dict(kind=type(step).__name__, **step.settings()))
+    step = quantizer.step and dict(kind=type(quantizer.step).__name__, **quantizer.step.settings())
+    return dict(grid=quantizer.grid and vars(quantizer.grid), step=step)
 
 
 def _rebuild(quantizer, description, tensors, place):
-    """Give a quantizer a grid and a step source of the described kind, still without its values."""
+    """The inverse of :func:`_describe`, still without the values."""
     quantizer.grid, settings = description["grid"] and Grid(**description["grid"]), dict(description["step"] or {})
     kind = settings.pop("kind", None)
     if kind == "TableStep":

@@ -28,3 +28,11 @@ def check(kind: str, **values: Any) -> None:
     for name, value in values.items():
         if not isinstance(value, Real) or not holds(value):
             raise TDQError(f"{name} must be {rule}; got {value!r}.")
+
+
+def checked_whole(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """``value`` as an ``int``, whatever library it comes from. TDQError: no whole number, or out of range."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if type(value) is not int or not least <= value <= (most or 2**63 - 1):
+        raise TDQError(f"{name} must be a whole number from {least} {f'to {most}' if most else 'up'}; got {value!r}.")
+    return value

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tdq_utils.denoiser.call import device_of, prediction
-from tdq_utils.errors import TDQError
+from tdq_utils.errors import TDQError, checked_whole
 
 Seeds = int | Iterable[int]
 Callback = Callable[[dict[str, Any]], Any] | None
@@ -27,14 +27,6 @@ def noise(seeds: Iterable[int], shape: Sequence[int]) -> Tensor:
 def number(t: Any) -> float:
     """A time step as a plain number: an ``int`` if it is whole."""
     return int(t) if float(t).is_integer() else float(t)
-
-
-def checked_whole(name: str, value: Any, least: int, most: int | None = None) -> int:
-    """``value`` as an ``int``, whatever library it comes from. TDQError: no whole number, or out of range."""
-    value = value.tolist() if hasattr(value, "tolist") else value
-    if type(value) is not int or not least <= value <= (most or 2**63 - 1):
-        raise TDQError(f"{name} must be a whole number from {least} {f'to {most}' if most else 'up'}; got {value!r}.")
-    return value
 
 
 def timesteps(scheduler: Any, steps: int | None = None) -> list[Any]:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -51,10 +51,10 @@ def calibrate(model: nn.Module, scheduler: Any = None, seeds: int | Iterable[int
     """
     state = checked_state(model)
     check_eval(model)
-    method = _checked_method(state, method or state.method, reconstruct, weights_method)
+    method = method or state.method
     making = dict(seeds=seeds, steps=steps, batch_size=options.pop("batch_size", None), condition=options.pop("condition", None))
     making = {key: value for key, value in making.items() if value is not None}
-    _check_options(method, options, shifted)
+    _check(state, method, reconstruct, weights_method, options, shifted)
     samples, chooses = bool(weights_method) or reconstruct != "input", method not in DYNAMIC and state.activations is not None
     source = _source(model, scheduler, making, data, profile, samples, chooses, progress)
     if weights_method:
@@ -70,7 +70,7 @@ def calibrate(model: nn.Module, scheduler: Any = None, seeds: int | Iterable[int
         reconstruction.refine(model, source, reconstruct, progress=progress)
 
 
-def _checked_method(state, method, reconstruct, weights_method):
+def _check(state, method, reconstruct, weights_method, options, shifted):
     if method not in (allowed := DYNAMIC if state.method in DYNAMIC else CHOOSERS):
         raise TDQError(f"method must be one of {', '.join(allowed)} for this model; got {method!r}.")
     if reconstruct not in ("input", *reconstruction.TARGETS):
@@ -82,10 +82,6 @@ def _checked_method(state, method, reconstruct, weights_method):
         raise TDQError(f"weights_method must be None (nearest level) or 'adaround'; got {weights_method!r}.")
     if weights_method and state.weights is None:
         raise TDQError("'adaround' rounds quantized weights; these are in full precision. Call quantize(model, weights=4) first.")
-    return method
-
-
-def _check_options(method, options, shifted):
     if method in DYNAMIC and not shifted:
         raise TDQError(f"shifted=False belongs to methods that measure ranges; {method!r} chooses a grid for every input.")
     functions = (_tdq, StepGenerator) if method == "tdq" else () if method in DYNAMIC else (CHOOSERS[method],)
@@ -156,15 +152,11 @@ class _Problem:
 
 
 def _momentum(p, momentum=0.9, seed=0):
-    """The min-max range, averaged over batches by a moving average.
-
-    Batches are the images at one t, in random order: in the order of sampling the last few t would decide."""
+    """The min-max range, averaged over batches (the images at one t) by a moving average."""
+    # In random order: in the order of sampling the last few t would decide.
     order = torch.randperm(len(p.t), generator=torch.Generator().manual_seed(seed))
     ends = torch.stack([p.least, p.greatest], 1)[order]
-    average = ends[0]
-    for pair in ends[1:]:
-        average = momentum * average + (1 - momentum) * pair
-    return p.widest_step(*average)
+    return p.widest_step(*reduce(lambda average, pair: momentum * average + (1 - momentum) * pair, ends))
 
 
 def _percentile(p, percentile=99.9):

@@ -70,7 +70,7 @@ def _cannot(name, layer):
         return "its weight is computed (weight norm or another parametrization)"
     if "forward" in vars(layer) and not forward_slots(layer, kind):
         raise TDQError(f"A layer's forward must be that of its class, or under hooks of accelerate or diffusers; {name} has "
-                       "another one on the instance, which would hide the quantizer. Remove it, or name the layer in keep=.")  # fmt: skip
+                       "another one on the instance, that hides the quantizer. Remove it, or name it in keep=.")  # fmt: skip
     if getattr(getattr(layer, "_hf_hook", None), "offload_buffers", False):
         raise TDQError(f"Layers must be offloaded without buffers; {name} is with them. Offload with offload_buffers=False.")
     return None

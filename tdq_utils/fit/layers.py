@@ -131,26 +131,13 @@ class QuantizedLayer(nn.Module):
         return self
 
 
-class QuantizedLinear(QuantizedLayer, nn.Linear):
-    """A quantized ``nn.Linear``."""
-
-
-class QuantizedConv1d(QuantizedLayer, nn.Conv1d):
-    """A quantized ``nn.Conv1d``."""
-
-
-class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
-    """A quantized ``nn.Conv2d``."""
-
-
-class QuantizedConv3d(QuantizedLayer, nn.Conv3d):
-    """A quantized ``nn.Conv3d``."""
-
-
-PLAIN: dict[type[nn.Module], type[nn.Module]] = {
-    kind: kind.__bases__[1] for kind in (QuantizedLinear, QuantizedConv1d, QuantizedConv2d, QuantizedConv3d)
+# What a layer turns into, by its class: QuantizedLinear, ..., each a QuantizedLayer and the plain class; and the way back.
+QUANTIZED: dict[type[nn.Module], Any] = {
+    plain: type(f"Quantized{plain.__name__}", (QuantizedLayer, plain), {"__module__": __name__})
+    for plain in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 }
-QUANTIZED = {plain: quantized for quantized, plain in PLAIN.items()}
+PLAIN = {quantized: plain for plain, quantized in QUANTIZED.items()}
+QuantizedLinear, QuantizedConv1d, QuantizedConv2d, QuantizedConv3d = PLAIN  # pickles find them by name
 BUFFERS = ("weight_step", "levels", "rounded")
 ADDED = ("weight_grid", "split", "activation", *BUFFERS)
 

@@ -63,10 +63,8 @@ def descend(loss_of: Callable[[int], torch.Tensor], parameters: list[nn.Paramete
 class Trainer:
     """Steps of an optimizer on a loss, an average of all parameters, and the state of both on disk.
 
-    Args:
-        model, optimizer: what learns. A group of parameters may have a ``rate``, relative to that of the iteration.
-        ema_decay: of the average; it grows from 0 to this value over the first iterations. clip: norm of the gradient.
-        path: of the state, saved every minute and at the end, and gone on from; ``None``: nowhere.
+    ``ema_decay``: of the average; it grows from 0 to this value over the first iterations. ``path``: of the state, saved every
+    minute and at the end, and gone on from. A group of parameters may have a ``rate``, relative to that of the iteration.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, ema_decay: float, path: Path | None = None,

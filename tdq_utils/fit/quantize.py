@@ -174,12 +174,9 @@ def restore(model: nn.Module) -> None:
 
 @contextmanager
 def full_precision(model: nn.Module) -> Iterator[nn.Module]:
-    """While open, a quantized model is its full-precision self: with the weights from before fine-tuning, if it was trained.
-
-    May be nested; a model that is not quantized is its full-precision self already.
-    """
+    """While open, a quantized model is its full-precision self, with the weights from before any fine-tuning; may be nested."""
     state = getattr(model, "quantization", None)
-    if state is None or state.aside is not None:
+    if state is None or state.aside is not None:  # it is already
         yield model
         return
     state.aside = added = _take_off(model)
@@ -211,10 +208,10 @@ def freeze(model: nn.Module, scheduler: Any = None, steps: int | None = None, ne
     TDQError: not quantized, not calibrated, or calibrated per step at other steps.
     """
     visited = checked_state(model).visited if scheduler is None else timesteps(scheduler, steps)
-    quantizers = activation_quantizers(model)
-    frozen = {name: frozen_step(quantizer.step, visited, nearest) for name, quantizer in quantizers.items()}
-    for name, quantizer in quantizers.items():
-        quantizer.step = frozen[name]
+    quantizers = list(activation_quantizers(model).values())
+    frozen = [frozen_step(quantizer.step, visited, nearest) for quantizer in quantizers]  # all, before any is replaced
+    for quantizer, step in zip(quantizers, frozen, strict=True):
+        quantizer.step = step
     round_weights(model)
 
 

@@ -60,9 +60,9 @@ def _learn(model, data, loss, parameters, title, iterations, rate, batch_size, s
     if not parameters:
         raise TDQError(f"{title} needs step sizes that learn, or weights on a grid; got none. Call quantize and calibrate first.")
     device, generator = device_of(model), torch.Generator().manual_seed(seed)
+    loss_of = lambda i: loss(data.draw(batch_size, generator, device), i)  # noqa: E731
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        loss_of = lambda i: loss(data.draw(batch_size, generator, device), i)  # noqa: E731
         return descend(loss_of, parameters, iterations, rate, title, progress)
 
 

@@ -27,7 +27,15 @@ class IntegerRunner(Runner):
     """
 
     def __init__(self, model: nn.Module, scheduler: Any = None, steps: int | None = None, compiled: bool = True):
-        _check_processor(bits_on_grid(model)[0])
+        bits, _ = bits_on_grid(model)
+        if platform.machine().lower() not in X86:
+            raise TDQError(f"Integer kernels are there for x86-64; this processor is {platform.machine()}. Sample the frozen "
+                           "model: the simulation gives the same images.")  # fmt: skip
+        if saturates(bits):
+            raise TDQError(f"8-bit weights need one of {', '.join(sorted(INT8_FLAGS))}, or sums saturate; this processor has "
+                           "none. Quantize weights to 7 bits or fewer, or sample the frozen model: the simulation.")  # fmt: skip
+        if not INT8_FLAGS & cpu_flags():
+            warnings.warn("This processor has no 8-bit dot product: integers are right here, but not faster.", stacklevel=2)
         super().__init__(model, scheduler, steps, compiled)
 
     @staticmethod
@@ -58,17 +66,6 @@ def cpu_flags() -> set[str]:
 def saturates(weight_bits: int) -> bool:
     """Whether sums may be cut here: older instructions of x86 add two products in 16 bits; 2 * 255 * 64 fits, * 128 does not."""
     return weight_bits == 8 and platform.machine().lower() in X86 and not INT8_FLAGS & cpu_flags()
-
-
-def _check_processor(weight_bits):
-    if platform.machine().lower() not in X86:
-        raise TDQError(f"Integer kernels are there for x86-64; this processor is {platform.machine()}. Sample the frozen model: "
-                       "the simulation gives the same images.")  # fmt: skip
-    if saturates(weight_bits):
-        raise TDQError(f"8-bit weights need one of {', '.join(sorted(INT8_FLAGS))}, or sums saturate; this processor has none. "
-                       "Quantize weights to 7 bits or fewer, or sample the frozen model: the simulation.")  # fmt: skip
-    if not INT8_FLAGS & cpu_flags():
-        warnings.warn("This processor has no 8-bit dot product: integers are right here, but not faster.", stacklevel=4)
 
 
 class IntegerConv2d(nn.Module):

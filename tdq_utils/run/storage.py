@@ -33,14 +33,10 @@ def save_quantized(model: Any, folder: str | Path, packed: bool = False) -> None
     if packed and state.weights is None:
         raise TDQError("packed needs weights on a grid; this model's are in full precision. Quantize them, or pass packed=False.")
     settings: dict[str, Any] = {name: getattr(state, name) for name in (*HOW, "frozen", "visited")} | dict(
-        format=FORMAT,
-        model=type(model).__name__,
-        config={k: v for k, v in model.config.items() if not k.startswith("_")},
-        keep=state.kept,
+        format=FORMAT, model=type(model).__name__, config={k: v for k, v in model.config.items() if not k.startswith("_")},
         channels_last=any(p.dim() == 4 and not p.is_contiguous() for p in model.parameters()),  # decides in which order sums go
-        packed=packed,
-        layers={name: _describe(quantizer) for name, quantizer in activation_quantizers(model).items()},
-    )
+        keep=state.kept, packed=packed, layers={name: _describe(q) for name, q in activation_quantizers(model).items()},
+    )  # fmt: skip
     tensors, seen = {}, set()
     for name, tensor in model.state_dict().items():
         if not name.endswith(".rounded"):  # they follow from the weights and their steps
@@ -56,7 +52,7 @@ def save_quantized(model: Any, folder: str | Path, packed: bool = False) -> None
 
 
 def _write(folder, tensors, settings):
-    """Both files are written beside their places; the name of one is that of its content, the other is moved last."""
+    """Both files are written beside their places; the JSON, which names the tensors, is moved last."""
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".part-", dir=folder) as beside:
         written, described, old = Path(beside) / "tensors", Path(beside) / "json", _named(folder)

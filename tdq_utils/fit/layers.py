@@ -80,16 +80,21 @@ def _less_dtype(fn):
 
 
 class QuantizedLayer(nn.Module):
-    """What a quantized conv or linear layer has beside its own parameters, which stay as they are; ``None``: it has not."""
+    """What a quantized conv or linear layer has beside its own parameters, which stay as they are.
+
+    ``activation``: quantizer, ``weight_grid``: :class:`Grid`; ``None``: full precision. ``weight_step``: one for each output
+    channel or one for all; with a split input, two rows of them. ``split``: channels of the input that belong to its first half.
+    ``levels``: int8, of weights whose rounding was learned (AdaRound). ``rounded``: the weights of a frozen layer.
+    """
 
     weight: Any
     bias: Any
-    activation: Any  # ActivationQuantizer or SplitQuantizer; None: full precision
-    weight_grid: Grid | None  # None: full precision
-    weight_step: torch.Tensor  # one for each output channel or one for all; with a split input, two rows of them
-    split: int | None  # channels of the input that belong to its first half
-    levels: torch.Tensor | None  # int8, of weights whose rounding was learned (AdaRound)
-    rounded: torch.Tensor | None  # the weights of a frozen layer
+    activation: Any
+    weight_grid: Grid | None
+    weight_step: torch.Tensor
+    split: int | None
+    levels: torch.Tensor | None
+    rounded: torch.Tensor | None
 
     def quantized_weight(self) -> torch.Tensor:
         """The weights on their grid, as floats."""

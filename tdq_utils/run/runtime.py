@@ -64,10 +64,12 @@ class Runner(Compiled):
         model: calibrated, frozen or not; left as it is. TDQError: it is neither, or calibrated per step at other steps.
         scheduler, steps: what the runner can be sampled with; default: what the model was frozen for.
         compiled: run through ``torch.compile`` (most of a minute at the first call, less time at every other).
+
+    ``table``: ``"t value quantizer"`` (:func:`interval_table`). ``now``: its row in use, ``"value quantizer"``. ``net``: the copy.
     """
 
-    table: torch.Tensor  # "t value quantizer" (interval_table)
-    now: torch.Tensor  # its row in use, "value quantizer"
+    table: torch.Tensor
+    now: torch.Tensor
 
     def __init__(self, model: nn.Module, scheduler: Any = None, steps: int | None = None, compiled: bool = True):
         visited = _frozen_for(model) if scheduler is None else timesteps(scheduler, steps)
@@ -147,9 +149,8 @@ def _frozen_for(model):
 def interval_table(model: nn.Module, visited: Sequence[float]) -> torch.Tensor:
     """What every activation quantizer of a calibrated model needs at the time steps ``visited``: ``"t value quantizer"`` float32.
 
-    The values: step size, least and greatest level, counted from 0 (``x_hat = s * clip(round(x / s), least, greatest)``).
-    Of input-dependent intervals nothing is known before but their number of levels below and above the middle.
-    TDQError: the model is not calibrated, or calibrated per step at other steps.
+    The values: step size (of input-dependent intervals: 1), least and greatest level, counted from 0 (``x_hat = s *
+    clip(round(x / s), least, greatest)``). TDQError: the model is not calibrated, or calibrated per step at other steps.
     """
     columns = [_column(quantizer, visited) for quantizer in activation_quantizers(model).values()]
     return torch.stack(columns, dim=2) if columns else torch.zeros(len(visited), 3, 0)

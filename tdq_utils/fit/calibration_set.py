@@ -28,9 +28,9 @@ def skewed_density(t: Any, num_train_timesteps: int = 1000) -> np.ndarray:
 class CalibrationSet:
     """Pairs (x_t, t) that the full-precision model met while it sampled, with what the model was called with.
 
-    ``x_t``: ``"sample channel height width"`` float32. ``t``: ``"sample"`` int64, descending. ``seeds``: ``"sample"`` int64, of each
-    sample's trajectory. ``condition``: further arguments of the model, a row a sample. ``model``: the fingerprint of the model
-    that made it. ``at``: how t was drawn, ``"uniform"`` or ``"skewed"``; ``"chosen"``: from a list.
+    ``x_t``: ``"sample channel height width"`` float32. ``t``: ``"sample"`` int64, descending. ``seeds``: ``"sample"`` int64, of
+    each sample's trajectory. ``condition``: further arguments of the model, a row a sample. ``model``: the fingerprint of the
+    model that made it. ``at``: how t was drawn, ``"uniform"`` or ``"skewed"``; ``"chosen"``: from a list.
     """
 
     x_t: torch.Tensor

@@ -65,7 +65,7 @@ class Runner(Compiled):
         scheduler, steps: what the runner can be sampled with; default: what the model was frozen for.
         compiled: run through ``torch.compile`` (most of a minute at the first call, less time at every other).
 
-    ``table``: ``"t value quantizer"`` (:func:`interval_table`). ``now``: its row in use, ``"value quantizer"``. ``net``: the copy.
+    ``table``: ``"t value quantizer"`` (:func:`interval_table`). ``now``: its row, ``"value quantizer"``. ``net``: the copy.
     """
 
     table: torch.Tensor

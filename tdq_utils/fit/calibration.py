@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -30,63 +30,50 @@ def calibrate(model: nn.Module, scheduler: Any = None, seeds: int | Iterable[int
               method: str | None = None, data: CalibrationSet | Calls | None = None, profile: Profile | None = None,
               reconstruct: str = "input", weights_method: str | None = None, shifted: bool = True, progress: bool = True,
               **options: Any) -> None:  # fmt: skip
-    """Choose the step size of every quantized layer's input from full-precision activations.
+    """Choose the step size of every quantized layer's input by the squared error of quantizing full-precision activations.
 
-    The full-precision model runs on samples of its own trajectory (``data``) while each (layer, t) keeps a histogram
-    (``profile``). All methods then look at the squared error of quantizing those same activations. One value a layer:
-    ``"minmax"`` truncates nothing; ``"momentum"``: the same range, averaged over batches by a moving average;
-    ``"percentile"`` truncates what lies beyond a percentile of the magnitude (option ``percentile``, default 99.9);
-    ``"mse"``: least squared error, by exhaustive search; ``"ptq4dm"``: the same, with t weighted as PTQ4DM draws it (unless
-    the set is ``at="skewed"`` and has that weight already); ``"learned"``: by descending the squared error.
-
-    A value that depends on t: ``"table"``, least squared error at each t visited, by exhaustive search; ``"tdq"``, a
-    generator s(t) for each layer (So et al. 2023), by descending the error. "mse" and "table", and "learned" and "tdq",
-    differ in nothing else. ``"dynamic"`` and ``"dynamic-sample"`` measure nothing; a model can change between them.
+    The full-precision model runs on samples of its own trajectory, ``data``; each (layer, t) keeps a histogram, ``profile``.
 
     Args:
         model: quantized, in evaluation mode; its quantizers step aside while the trajectory is measured.
         scheduler, seeds, steps: a short way to ``data``, as for :func:`tdq_utils.denoiser.sampling.sample` (default: 64 images,
             20 steps); of ``options``, ``batch_size``, ``condition``, ``guidance`` and others of ``sample`` belong to it, too.
-        method: default, the one that :func:`tdq_utils.fit.quantize.quantize` was given.
+        method: a key of ``CHOOSERS``, which says what each does, or of ``DYNAMIC``; default: that of ``quantize``.
         data: the :class:`tdq_utils.fit.calibration_set.CalibrationSet` to run the model on, or the inputs of a recording.
         profile: of this model, instead of data; beside it where ``reconstruct`` or ``weights_method`` needs samples.
         reconstruct: for "learned" and "tdq", the error that is descended: of each layer's ``"input"``, or after that
             of each ``"block"``'s output or of the predicted ``"noise"`` (:func:`tdq_utils.fit.reconstruction.refine`).
-        weights_method: ``"adaround"`` to learn whether each weight is rounded up or down
-            (:func:`tdq_utils.fit.reconstruction.adaround`); default: to the nearest level.
+        weights_method: ``"adaround"``: :func:`tdq_utils.fit.reconstruction.adaround`; default: to the nearest level.
         shifted: give inputs that follow SiLU, GELU or ReLU a shifted or unsigned grid (:class:`tdq_utils.method.grid.Grid`);
             ``False``: every grid is symmetric, for hardware without zero points. progress: show bars.
-        options: of the method: ``percentile``; ``momentum``; of "learned" and "tdq", ``seed`` and those of :func:`fit`; of "tdq",
-            those of :class:`tdq_utils.method.generator.StepGenerator`, too.
+        options: of the method's chooser; "tdq" takes those of :class:`tdq_utils.method.generator.StepGenerator`, too.
 
-    Raises:
-        TDQError: not quantized, in training mode, unknown method or target, an option of another method (``shifted=False``
-            for a dynamic one) or out of range, an input that is missing, of another model, or more than is used.
+    TDQError: not quantized, in training mode, unknown method or target, an option of another method (``shifted=False`` for
+    a dynamic one) or out of range, an input that is missing, of another model, or more than is used.
     """
     state = checked_state(model)
     check_eval(model)
-    method = _checked_method(state, method or state.method, reconstruct, weights_method)
+    method = method or state.method
     making = dict(seeds=seeds, steps=steps, **{name: options.pop(name, None) for name in SAMPLING})
     making = {key: value for key, value in making.items() if value is not None}
-    _check_options(method, options, shifted)
+    _check(state, method, reconstruct, weights_method, options, shifted)
     samples, chooses = bool(weights_method) or reconstruct != "input", method not in DYNAMIC and state.activations is not None
     source = _source(model, scheduler, making, data, profile, samples, chooses, progress)
     if weights_method:
         reconstruction.adaround(model, source, progress=progress)
-    if method in DYNAMIC:
-        for quantizer in activation_quantizers(model).values():
-            quantizer.step = DynamicStep(DYNAMIC[method]).eval()
-    elif chooses:
-        skewed = profile is None and source.at == "skewed"  # then t has its weight already
-        chooser, profile = CHOOSERS["mse" if method == "ptq4dm" and skewed else method], profile or profile_set(model, source)
+    if chooses:
+        skewed = method == "ptq4dm" and profile is None and source.at == "skewed"  # then t has its weight already
+        profile = profile or profile_set(model, source)
         keep_too(model, profile.carries_t, "measured: gets one vector a sample, so t or pooled conditions")
-        _choose(model, chooser, profile, shifted, progress, options)
+        _choose(model, CHOOSERS["mse" if skewed else method], profile, shifted, progress, options)
+    for quantizer in activation_quantizers(model).values() if method in DYNAMIC else ():
+        quantizer.step = DynamicStep(DYNAMIC[method]).eval()
     state.method = method
     if reconstruct != "input":
         reconstruction.refine(model, source, reconstruct, progress=progress)
 
 
-def _checked_method(state, method, reconstruct, weights_method):
+def _check(state, method, reconstruct, weights_method, options, shifted):
     if method not in (allowed := DYNAMIC if state.method in DYNAMIC else CHOOSERS):
         raise TDQError(f"method must be one of {', '.join(allowed)} for this model; got {method!r}.")
     if reconstruct not in ("input", *reconstruction.TARGETS):
@@ -98,10 +85,6 @@ def _checked_method(state, method, reconstruct, weights_method):
         raise TDQError(f"weights_method must be None (nearest level) or 'adaround'; got {weights_method!r}.")
     if weights_method and state.weights is None:
         raise TDQError("'adaround' rounds quantized weights; these are in full precision. Call quantize(model, weights=4) first.")
-    return method
-
-
-def _check_options(method, options, shifted):
     if method in DYNAMIC and not shifted:
         raise TDQError(f"shifted=False belongs to methods that measure ranges; {method!r} chooses a grid for every input.")
     functions = (_tdq, StepGenerator) if method == "tdq" else () if method in DYNAMIC else (CHOOSERS[method],)
@@ -115,7 +98,7 @@ def _check_options(method, options, shifted):
 
 
 def _source(model, scheduler, making, data, profile, samples, chooses, progress):
-    """The calibration set, given or made, or ``None`` if none is needed; what would be ignored, or fits no more, is refused."""
+    """The calibration set, given or made; ``None``: none is needed. What would be ignored, or is of another model, is refused."""
     profiled = profile is not None and not samples
     unused = [*(making if data is not None or profiled else ()), *(["data"] if data is not None and profiled else ())]
     if unused:
@@ -141,7 +124,6 @@ def profile_set(model: nn.Module, data: CalibrationSet | Calls, batch_size: int 
 
 
 def _choose(model, chooser, profile, shifted, progress, options):
-    """Give every quantized layer the step size that ``chooser`` finds."""
     state, quantizers = checked_state(model), activation_quantizers(model)
     if missing := set(quantizers) - set(profile.layers):
         raise TDQError(f"profile must hold every quantized layer; {len(missing)} are missing, {min(missing)} among them.")
@@ -150,8 +132,7 @@ def _choose(model, chooser, profile, shifted, progress, options):
         torch.manual_seed(options.get("seed", 0))  # of weights and dropout
         names = tqdm(quantizers, desc="choose step sizes", disable=not progress, leave=False)
         chosen = {name: chooser(problems[name], **options) for name in names}
-    state.frozen, state.visited = False, profile.t.tolist()
-    device = device_of(model)
+    state.frozen, state.visited, device = False, profile.t.tolist(), device_of(model)
     for layer in quantized_layers(model).values():
         layer.rounded = None
     for name, quantizer in quantizers.items():
@@ -162,9 +143,7 @@ class _Problem:
     """One layer's activations over t, as weighted values: all that any method here looks at."""
 
     def __init__(self, profile, layer, bits, shifted):
-        row = profile.row(layer)
-        self.grid, self.t = profile.grid(layer, bits, shifted), torch.from_numpy(profile.t)
-        # "step": least and greatest value at each t
+        row, self.grid, self.t = profile.row(layer), profile.grid(layer, bits, shifted), torch.from_numpy(profile.t)
         self.least, self.greatest = (torch.from_numpy(ends[row]).float() for ends in (profile.least, profile.greatest))
         self.best_steps = lambda: profile.best_steps(layer, bits, shifted)
         # Hundreds of iterations look at these: as coarse as the step size allows.
@@ -176,16 +155,15 @@ class _Problem:
 
 
 def _momentum(p, momentum=0.9, seed=0):
-    """Batches are the images at one t, in random order: in the order of sampling the last few t would decide."""
+    """The min-max range, averaged over batches (the images at one t) by a moving average."""
+    # In random order: in the order of sampling the last few t would decide.
     order = torch.randperm(len(p.t), generator=torch.Generator().manual_seed(seed))
     ends = torch.stack([p.least, p.greatest], 1)[order]
-    average = ends[0]
-    for pair in ends[1:]:
-        average = momentum * average + (1 - momentum) * pair
-    return p.widest_step(*average)
+    return p.widest_step(*reduce(lambda average, pair: momentum * average + (1 - momentum) * pair, ends))
 
 
 def _percentile(p, percentile=99.9):
+    """Truncates what lies beyond a percentile of the magnitude."""
     values, counts = (part.flatten() for part in p.all_values())
     magnitude, order = values.abs().sort()
     share = counts.double()[order].cumsum(0) / counts.double().sum()
@@ -194,43 +172,43 @@ def _percentile(p, percentile=99.9):
 
 
 def _ptq4dm(p):
+    """Least squared error, with t weighted as PTQ4DM draws it."""
     values, counts = p.all_values()
     counts = counts * torch.from_numpy(skewed_density(p.t)).float()[:, None]
     return StaticStep(mse_step(values.reshape(1, -1), p.grid, counts.reshape(1, -1))[0])
 
 
 def _learned(p, iterations=100, rate=5e-3, seed=0, start="mse"):
+    """A constant, by descending the squared error."""
     return fit(p, LearnedStep, iterations, rate, start)
 
 
 def _tdq(p, iterations=100, rate=5e-3, seed=0, start="mse", follow=0.5, **generator):
+    """A generator s(t) (So et al. 2023), by descending the squared error."""
     return fit(p, partial(StepGenerator, **unit_of(p.t), **generator), iterations, rate, start, follow)
 
 
 def _start(p, rule):
-    """Step size that a fit starts from."""
     if rule == "mse":
         return p.best_steps()[0]
     values, counts = p.all_values()
     mean = lambda x: (x * counts).sum() / counts.sum()  # noqa: E731
-    if rule == "std":  # So et al. 2023, authors' code
+    if rule == "std":
         levels = (p.grid.q_max - p.grid.q_min + 1) / 2 - 1 if p.grid.low is None else p.grid.q_max
         reach = mean(values) + 3 * (values.square() * counts).sum().div(counts.sum()).sub(mean(values) ** 2).sqrt()
         return (reach - (p.grid.low or 0.0)) / levels
-    return 2 * mean(values.abs()) / p.grid.q_max**0.5  # "lsq": Esser et al. 2020, section 2.1
+    return 2 * mean(values.abs()) / p.grid.q_max**0.5
 
 
 def fit(p: _Problem, make: Callable[[float], Any], iterations: int = 100, rate: float = 5e-3, start: str = "mse",
         follow: float = 0.0) -> StepSize:  # fmt: skip
     """Fit a layer's source of step sizes by gradient descent on the squared quantization error, relative to the static error.
 
-    So layers of any scale learn at one rate; histograms stand for the activations, so every iteration sees all of them.
-
     Args:
         p: the layer's activations. make: function of a first step size that returns a source with ``at(t)``.
         iterations: of Adam with a cosine rate from ``rate``. start: first step size: ``"mse"``, the MSE-optimal constant;
-            ``"std"``, ``(mean + 3 std)`` over the number of positive levels (authors' code); or ``"lsq"``,
-            ``2 mean|x| / sqrt(q_max)`` (Esser et al. 2020).
+            ``"std"``, ``(mean + 3 std)`` over the number of positive levels (So et al. 2023, authors' code); or ``"lsq"``,
+            ``2 mean|x| / sqrt(q_max)`` (Esser et al. 2020, section 2.1).
         follow: share of the iterations, at the beginning, that descend the squared distance of log s(t) to the best
             value of each step instead. At few bits the error has several minima in s (the shift of the grid is
             rounded to whole steps), and a curve that starts as a constant stays in that constant's.
@@ -249,13 +227,14 @@ def fit(p: _Problem, make: Callable[[float], Any], iterations: int = 100, rate: 
     return source
 
 
+# What chooses a layer's step size, of its activations; "mse" and "table", and "learned" and "tdq", differ in nothing but time.
 CHOOSERS = {
-    "minmax": lambda p: p.widest_step(p.least.min(), p.greatest.max()),
+    "minmax": lambda p: p.widest_step(p.least.min(), p.greatest.max()),  # truncates nothing
     "momentum": _momentum,
     "percentile": _percentile,
-    "mse": lambda p: StaticStep(p.best_steps()[0]),
+    "mse": lambda p: StaticStep(p.best_steps()[0]),  # least squared error, by exhaustive search
     "ptq4dm": _ptq4dm,
     "learned": _learned,
-    "table": lambda p: TableStep(p.t, p.best_steps()[1]),
+    "table": lambda p: TableStep(p.t, p.best_steps()[1]),  # the same as "mse" at each t visited
     "tdq": _tdq,
 }

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from tdq_utils.denoiser.call import each_tensor, joined
 from tdq_utils.denoiser.loading import fingerprint
+from tdq_utils.denoiser.profile import write_arrays
 from tdq_utils.denoiser.sampling import asker, checked_seeds, sample, timesteps
 from tdq_utils.errors import DataError, TDQError
 from tdq_utils.fit.quantize import full_precision
 
-# PTQ4DM draws t from a normal distribution (mean, standard deviation), in units of the training steps T.
-SKEWED = (0.4, 0.4)  # Shang et al. 2023, the script of their code for DDIM
+SKEWED = (0.4, 0.4)  # mean and deviation of t / T in PTQ4DM (Shang et al. 2023, the script of their code for DDIM)
 
 
 def skewed_density(t: Any, num_train_timesteps: int = 1000) -> np.ndarray:
@@ -31,11 +31,9 @@ def skewed_density(t: Any, num_train_timesteps: int = 1000) -> np.ndarray:
 class CalibrationSet:
     """Pairs (x_t, t) that the full-precision model met while it sampled, with what the model was called with.
 
-    Attributes:
-        x_t: what the model got, ``"sample channel height width"``, in its dtype. t: ``"sample"``, as it was told it.
-        seeds: ``"sample"`` int64, of each sample's trajectory. condition: further arguments of the model, a row a sample.
-        model: :func:`tdq_utils.denoiser.loading.fingerprint` of the model that made it.
-        at: how t was drawn, ``"uniform"`` or ``"skewed"``; ``"chosen"``: from a list.
+    ``x_t``: what the model got, ``"sample channel height width"``, in its dtype. ``t``: ``"sample"``, as it was told. ``seeds``:
+    ``"sample"`` int64, of each sample's trajectory. ``condition``: further arguments of the model, a row a sample. ``model``: the
+    fingerprint of the model that made it. ``at``: how t was drawn, ``"uniform"`` or ``"skewed"``; ``"chosen"``: from a list.
     """
 
     x_t: torch.Tensor
@@ -52,15 +50,14 @@ class CalibrationSet:
         """Sample trajectories and keep some of their steps; same arguments, same set.
 
         Args:
-            model, scheduler, seeds, steps, condition: as for :func:`tdq_utils.denoiser.sampling.sample`; a quantized model is
-                run in full precision. sampling: further arguments of ``sample``; of a guided trajectory both calls are kept.
+            model, scheduler, seeds, steps, condition, sampling: as for :func:`tdq_utils.denoiser.sampling.sample`; a quantized
+                model is run in full precision. Of a guided trajectory both calls are kept.
             at: ``"uniform"``: any step alike (Q-Diffusion); ``"skewed"``: steps drawn by :func:`skewed_density`
                 (PTQ4DM); or a list of time steps to keep.
             per_seed: steps kept of each trajectory, drawn without replacement from the seed alone; default: all for
                 "uniform", half for "skewed".
 
-        Raises:
-            TDQError: unknown ``at``, a time step that is not visited, ``per_seed`` out of range, a model in training mode.
+        TDQError: unknown ``at``, a time step that is not visited, ``per_seed`` out of range, a model in training mode.
         """
         check_eval(model)
         numbers = checked_seeds(seeds)
@@ -112,16 +109,11 @@ class CalibrationSet:
         check_made_by(model, self.model, "calibration set")
 
     def save(self, path: str | Path) -> None:
-        """Write the set as npz (no pickles), beside ``path`` and then moved onto it."""
-        arrays: dict[str, Any] = dict(_flat("condition", self.condition))
-        arrays |= dict(x_t=self.x_t, t=self.t, seeds=self.seeds)
-        kinds = {name: str(value.dtype).removeprefix("torch.") for name, value in arrays.items()}
+        """Write the set as npz (no pickles)."""
+        arrays: dict[str, Any] = dict(_flat("condition", self.condition)) | dict(x_t=self.x_t, t=self.t, seeds=self.seeds)
+        kinds = json.dumps({name: str(value.dtype).removeprefix("torch.") for name, value in arrays.items()})
         arrays = {name: value.float().numpy() if value.is_floating_point() else value.numpy() for name, value in arrays.items()}
-        arrays |= dict(model=np.array(self.model), at=np.array(self.at), kinds=np.array(json.dumps(kinds)))
-        beside = Path(f"{path}.part")
-        with open(beside, "wb") as file:  # given a name, numpy would add .npz to it
-            np.savez_compressed(file, **arrays)
-        beside.replace(path)
+        write_arrays(path, **arrays, model=self.model, at=self.at, kinds=kinds)
 
     @staticmethod
     def load(path: str | Path) -> "CalibrationSet":
@@ -168,12 +160,11 @@ def check_made_by(model: nn.Module, made_by: str, what: str) -> None:
     with full_precision(model):
         given = fingerprint(model)
     if made_by not in ("", given):
-        message = f"A {what} serves the model that made it, {made_by}; this model is {given}."
-        raise TDQError(f"{message} Make another: CalibrationSet.collect(model, scheduler, ...) or profile_activations.")
+        raise TDQError(f"A {what} serves the model that made it, {made_by}; this model is {given}. Make another: "
+                       "CalibrationSet.collect(model, scheduler, ...) or profile_activations.")  # fmt: skip
 
 
 def _kept(seed, visited, at, per_seed, num_train_timesteps):
-    """The time steps that are kept of one trajectory."""
     if not isinstance(at, str):
         if not at or per_seed is not None:
             got = "an empty list" if not at else f"per_seed={per_seed}, too, which is for 'uniform' and 'skewed'"

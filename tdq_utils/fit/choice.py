@@ -22,9 +22,8 @@ CARRIES_T = re.compile(r"(^|[._])(time_emb\w*|time_proj|time_mlp|t_embedder|\w*m
 def kept_layers(model: nn.Module) -> dict[str, str]:
     """The layers that the paper keeps in full precision, found by structure: ``{name: reason}``.
 
-    The model's own entry and exit layers (first and last conv or projection: those it holds directly or in an embedding), and
-    everything that carries t: time-embedding MLPs, time projections of ResNet blocks, adaptive norms (So et al. 2023, authors'
-    code); modulations of transformers, by the names they go by.
+    The model's entry and exit layers (those it holds directly or in an embedding), and everything that carries t: time embeddings
+    and projections, adaptive norms (So et al. 2023, authors' code); modulations of transformers, by the names they go by.
     """
     inside = tuple(f"{name}." for name, module in model.named_modules() if type(module).__module__ in CONDITIONING)
     kept = {}
@@ -70,10 +69,8 @@ def _cannot(name, layer):
     if "weight" not in layer._parameters:
         return "its weight is computed (weight norm or another parametrization)"
     if "forward" in vars(layer) and not forward_slots(layer, kind):
-        raise TDQError(
-            f"A layer's forward must be that of its class, or under hooks of accelerate or diffusers; {name} has another one on "
-            "the instance, which would hide the quantizer. Remove it, or name the layer in keep=."
-        )
+        raise TDQError(f"A layer's forward must be that of its class, or under hooks of accelerate or diffusers; {name} has "
+                       "another one on the instance, that hides the quantizer. Remove it, or name it in keep=.")  # fmt: skip
     if getattr(getattr(layer, "_hf_hook", None), "offload_buffers", False):
         raise TDQError(f"Layers must be offloaded without buffers; {name} is with them. Offload with offload_buffers=False.")
     return None

@@ -17,13 +17,16 @@ from tdq_utils.fit.calibration_set import check_eval
 from tdq_utils.fit.loop import Trainer, denoising_loss, state_path
 from tdq_utils.fit.quantize import activation_quantizers, checked_state, quantize, quantized_layers, restore
 from tdq_utils.method.generator import StepGenerator
-from tdq_utils.method.rules import PACT_DECAY, RULES
+from tdq_utils.method.rules import PACT_DECAY, RULES, pact
 
 # method -> (rule of the gradient, where step sizes come from)
 FINETUNED = dict(pact=("pact", "learned"), lsq=("lsq", "learned"), nipq=("nipq", "learned"), tdq=("lsq", "tdq"))
 FINETUNED |= {"tdq-pact": ("pact", "tdq"), "tdq-nipq": ("nipq", "tdq")}
+SETTINGS = dict(iterations="count", batch="count", warmup="count", rate="amount", step_rate="amount", generator_rate="amount")
+SETTINGS |= dict(decay="amount", distill="share", ema_decay="share", clip="positive")
 # Rates relative to that of the weights (measured at W4A4 by "reproduce trials"; notebook 07). At a tenth, 600 iterations leave
-# the constants of activations within 2 % of calibration's, and LSQ looks worse than it is.
+# the constants of activations within 2 % of calibration's, and LSQ looks worse than it is. (So et al. 2023, authors' code: 1 for
+# generators, without a factor; constants at a tenth, on a linear scale, in far longer runs.)
 STEP_RATE, GENERATOR_RATE = 100.0, 1.0
 
 
@@ -35,63 +38,59 @@ def finetune(model: nn.Module, scheduler: Any, images: torch.Tensor, method: str
              **calibration: Any) -> list[float]:  # fmt: skip
     """Quantize a full-precision model, calibrate it, and train it on the ordinary denoising loss, in place.
 
-    Each sample has its own t, so s(t) has one value a sample; afterwards :func:`tdq_utils.fit.quantize.freeze` turns it into
-    a table. AdamW; linear warm-up, cosine fall to zero. Returns the loss of each iteration.
+    AdamW; linear warm-up, cosine fall to zero; all random numbers follow from ``seed``. Returns the loss of each iteration.
 
     Args:
         model, scheduler: full precision, evaluation mode; :func:`tdq_utils.fit.quantize.restore` gives it back bit for bit.
         images: training images ``"image channel height width"`` in [-1, 1].
-        method: for activations, ``"pact"``, ``"lsq"``, ``"nipq"`` (:mod:`tdq_utils.method.rules`) with a learned constant a
+        method: for activations: ``"pact"``, ``"lsq"``, ``"nipq"`` (:mod:`tdq_utils.method.rules`) with a learned constant a
             layer; ``"tdq"``, ``"tdq-pact"``, ``"tdq-nipq"``: with a generator s(t) instead. Steps of weights learn by LSQ.
-        weights, activations: bits. iterations, batch: of training. rate: of weights and of the logarithms of their step sizes.
-        step_rate: of the logarithms of the step sizes of activations, relative to ``rate``: of the constants, and of the
-            factor that lets each s(t) move as freely (:meth:`tdq_utils.method.generator.StepGenerator.learn_scale`); 0: none.
-            (So et al. 2023, authors' code: no factor; constants at a tenth, on a linear scale, in far longer runs.)
-        generator_rate: of the generators' networks, relative to ``rate`` (authors' code: 1). warmup: iterations.
-        clip: norm of the gradient. ema_decay: of the average of all that learns, which the model ends as.
-        distill: share of the loss that is the error against the full-precision model's prediction, 0 to 1.
-        seed: of data, noise, dropout and generators. split_skips: as for :func:`tdq_utils.fit.quantize.quantize`.
-        decay: of PACT's alpha (:func:`tdq_utils.method.rules.pact`); the other rules have none. progress: show bars.
+        weights, activations: bits. iterations, batch, warmup: of training. clip: norm of the gradient.
+        rate: of weights and of the logarithms of their steps. step_rate: relative to it, of the logarithms of activations'
+            constants, and of the factor of each s(t) (:meth:`tdq_utils.method.generator.StepGenerator.learn_scale`; 0: none).
+        generator_rate: of generators' networks, relative to ``rate``. ema_decay: of the average that the model ends as.
+        distill: share of the loss that is the error against the full-precision prediction, 0 to 1. decay: of PACT's alpha.
         out: folder for the state, saved every minute; a run found there goes on, with the same losses bit for bit.
-        calibration: ``data`` or ``profile`` and other arguments of :func:`tdq_utils.fit.calibration.calibrate`.
+        split_skips: as for ``quantize``. calibration: ``data``, ``profile``, ... of :func:`tdq_utils.fit.calibration.calibrate`.
 
-    Raises:
-        TDQError: unknown method, a quantized model, a setting out of range, an ``out`` that holds a run with other settings,
-            images, scheduler or calibration, a loss that is not finite (the last good state stays on disk). Whatever
-            stops it, the model is the full-precision one again.
+    TDQError: unknown method, quantized model, a setting out of range, an ``out`` that holds a run with others, a loss that is
+    not finite (the last good state stays on disk). Whatever stops it, the model is the full-precision one again.
     """
-    settings = {name: value for name, value in locals().items() if name not in ("out", "progress")}
-    if method not in FINETUNED:
-        raise TDQError(f"method must be one of {', '.join(FINETUNED)}; got {method!r}.")
-    check("count", iterations=iterations, batch=batch, warmup=warmup, images=len(images))
-    check("amount", rate=rate, step_rate=step_rate, generator_rate=generator_rate, decay=decay)
-    check("share", distill=distill, ema_decay=ema_decay)
-    check("positive", clip=clip)
-    check_eval(model)
-    rule, source = FINETUNED[method]
-    rule_options = dict(decay=decay) if rule == "pact" else {}
-    settings["decay"] = rule_options.get("decay")
-    config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
-    settings |= dict(model=fingerprint(model), scheduler={"class": type(scheduler).__name__, **config})
-    path = state_path(out, settings) if out else None
+    path = _checked({name: value for name, value in locals().items() if name not in ("out", "progress")}, out)
     teacher: dict[str, Any] = dict(teacher=copy.deepcopy(model), distill=distill) if distill else {}
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    rule, source = FINETUNED[method]
     quantize(model, weights, activations, source, split_skips=split_skips)
     checked_state(model).before = before
     try:
         calibrate(model, scheduler, progress=progress, seed=seed, **calibration)
-        _learn(model, partial(RULES[rule], **rule_options), step_rate > 0)
-        optimizer = torch.optim.AdamW(_groups(model, rate, step_rate, generator_rate))
-        images = images.to(next(model.parameters()).device)
-        loss_of = partial(denoising_loss, model, images, scheduler, batch, **teacher)
+        _learn(model, partial(pact, decay=decay) if rule == "pact" else RULES[rule], step_rate > 0)
+        trainer = Trainer(model, torch.optim.AdamW(_groups(model, rate, step_rate, generator_rate)), ema_decay, path, clip)
+        loss_of = partial(denoising_loss, model, images.to(next(model.parameters()).device), scheduler, batch, **teacher)
         rate_of = lambda i: min((i + 1) / warmup, (1 + math.cos(math.pi * i / iterations)) / 2)  # noqa: E731
-        losses = Trainer(model, optimizer, ema_decay, path, clip).run(loss_of, rate_of, iterations, seed, "finetune", progress)
+        losses = trainer.run(loss_of, rate_of, iterations, seed, "finetune", progress)
     except BaseException:
         _stop_learning(model)
         restore(model)
         raise
     _stop_learning(model)
     return losses
+
+
+def _checked(given, out):
+    """Refuse what :func:`finetune` was given; the path of the state of such a run in ``out``, or ``None``."""
+    if given["method"] not in FINETUNED:
+        raise TDQError(f"method must be one of {', '.join(FINETUNED)}; got {given['method']!r}.")
+    check("count", images=len(given["images"]))
+    for name, kind in SETTINGS.items():
+        check(kind, **{name: given[name]})
+    model, scheduler = given["model"], given["scheduler"]
+    check_eval(model)
+    if FINETUNED[given["method"]][0] != "pact":
+        given["decay"] = None
+    config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+    given |= dict(model=fingerprint(model), scheduler={"class": type(scheduler).__name__, **config})
+    return state_path(out, given) if out else None
 
 
 class _Exp(nn.Module):

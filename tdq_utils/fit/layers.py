@@ -16,12 +16,10 @@ from tdq_utils.method.step_sizes import DynamicStep, StepSize, TimeSteps
 
 
 class ActivationQuantizer(nn.Module):
-    """Quantizes one layer's input.
+    """Quantizes one layer's input, in training by ``rule`` (:mod:`tdq_utils.method.rules`).
 
-    Args:
-        bits: 2 to 8. grid: :class:`Grid`, or ``None`` to choose it by the range of each input (dynamic methods).
-        step: where step sizes come from, or ``None`` until calibration. In training, ``rule``
-            (:mod:`tdq_utils.method.rules`) quantizes.
+    ``bits``: 2 to 8. ``grid``: :class:`Grid`, or ``None`` to choose it by the range of each input (dynamic methods).
+    ``step``: where step sizes come from, or ``None`` until calibration.
     """
 
     grid: Any
@@ -40,10 +38,9 @@ class ActivationQuantizer(nn.Module):
             half = 2 ** (self.bits - 1)
             return on_levels(x, *self.step.interval(x, -half, half - 1)).to(x.dtype)
         if t is None and self.step.over_time:
-            raise TDQError(
-                "A layer whose interval follows t must know the call that it is in; got none. Call the model itself, not its "
-                "forward or a part of it, and turn gradient checkpointing off (model.disable_gradient_checkpointing())."
-            )
+            raise TDQError("A layer whose interval follows t must know the call that it is in; got none. Call the model itself, "
+                           "not its forward or a part of it, and turn gradient checkpointing off "
+                           "(model.disable_gradient_checkpointing()).")  # fmt: skip
         rule = self.rule if self.training else fake_quantize
         return rule(x, self.step(x, t, self.grid), self.grid)
 
@@ -85,13 +82,9 @@ def _less_dtype(fn):
 class QuantizedLayer(nn.Module):
     """What a quantized conv or linear layer has beside its own parameters, which stay as they are.
 
-    Attributes:
-        activation: :class:`ActivationQuantizer`, or ``None`` for full-precision inputs.
-        weight_grid: :class:`Grid`, or ``None`` for full-precision weights.
-        weight_step: of the weights, one for each output channel or one for all; with a split input, two rows of them.
-        split: channels of the input that belong to its first half, or ``None``.
-        levels: int8 levels of the weights where rounding was learned (AdaRound), else ``None``: the nearest.
-        rounded: the rounded weights of a frozen layer, else ``None``.
+    ``activation``: quantizer, ``weight_grid``: :class:`Grid`; ``None``: full precision. ``weight_step``: one for each output
+    channel or one for all; with a split input, two rows of them. ``split``: channels of the input that belong to its first half.
+    ``levels``: int8, of weights whose rounding was learned (AdaRound). ``rounded``: the weights of a frozen layer.
     """
 
     weight: Any
@@ -134,9 +127,7 @@ class QuantizedLayer(nn.Module):
         if self.activation is not None:
             x = self.activation(x, now())
         weight = self.quantized_weight().to(x)  # a view of itself where device and dtype agree
-        if isinstance(self, nn.Linear):
-            return F.linear(x, weight, self.bias)
-        return self._conv_forward(x, weight, self.bias)  # type: ignore[operator]
+        return (F.linear if isinstance(self, nn.Linear) else self._conv_forward)(x, weight, self.bias)
 
     def _apply(self, fn, recurse=True):
         own = {name: buffer for name in BUFFERS if (buffer := self._buffers.get(name)) is not None}
@@ -145,26 +136,13 @@ class QuantizedLayer(nn.Module):
         return self
 
 
-class QuantizedLinear(QuantizedLayer, nn.Linear):
-    """A quantized ``nn.Linear``."""
-
-
-class QuantizedConv1d(QuantizedLayer, nn.Conv1d):
-    """A quantized ``nn.Conv1d``."""
-
-
-class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
-    """A quantized ``nn.Conv2d``."""
-
-
-class QuantizedConv3d(QuantizedLayer, nn.Conv3d):
-    """A quantized ``nn.Conv3d``."""
-
-
-PLAIN: dict[type[nn.Module], type[nn.Module]] = {
-    kind: kind.__bases__[1] for kind in (QuantizedLinear, QuantizedConv1d, QuantizedConv2d, QuantizedConv3d)
+# What a layer turns into, by its class: QuantizedLinear, ..., each a QuantizedLayer and the plain class; and the way back.
+QUANTIZED: dict[type[nn.Module], Any] = {
+    plain: type(f"Quantized{plain.__name__}", (QuantizedLayer, plain), {"__module__": __name__})
+    for plain in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 }
-QUANTIZED = {plain: quantized for quantized, plain in PLAIN.items()}
+PLAIN = {quantized: plain for plain, quantized in QUANTIZED.items()}
+QuantizedLinear, QuantizedConv1d, QuantizedConv2d, QuantizedConv3d = PLAIN  # pickles find them by name
 BUFFERS = ("weight_step", "levels", "rounded")
 ADDED = ("weight_grid", "split", "activation", *BUFFERS)
 

@@ -63,10 +63,8 @@ def descend(loss_of: Callable[[int], torch.Tensor], parameters: list[nn.Paramete
 class Trainer:
     """Steps of an optimizer on a loss, an average of all parameters, and the state of both on disk.
 
-    Args:
-        model, optimizer: what learns. A group of parameters may have a ``rate``, relative to that of the iteration.
-        ema_decay: of the average; it grows from 0 to this value over the first iterations. clip: norm of the gradient.
-        path: of the state, saved every minute and at the end, and gone on from; ``None``: nowhere.
+    ``ema_decay``: of the average; it grows from 0 to this value over the first iterations. ``path``: of the state, saved every
+    minute and at the end, and gone on from. A group of parameters may have a ``rate``, relative to that of the iteration.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, ema_decay: float, path: Path | None = None,
@@ -86,8 +84,7 @@ class Trainer:
         ``loss_of``: the loss, of the random numbers of an iteration. ``rate_of``: the rate of an iteration.
         TDQError: a loss or gradient that is not finite; no parameter has seen it. DataError: a damaged state.
         """
-        start, log = self._load()
-        saved = time.monotonic()
+        (start, log), saved = self._load(), time.monotonic()
         self.model.train()
         bar = tqdm(range(start, iterations), title, iterations, initial=start, disable=not progress, leave=False, mininterval=2)
         for i in bar:
@@ -136,8 +133,8 @@ class Trainer:
                 part.load_state_dict(state[name])
             return state["iteration"], state["log"]
         except Exception as error:
-            wrong = f"{self.path} must be a state of this training, as it was saved: {error!r}"
-            raise DataError(f"{wrong}. Delete it to start anew.") from error
+            message = f"{self.path} must be a state of this training, as it was saved: {error!r}. Delete it to start anew."
+            raise DataError(message) from error
 
 
 def state_path(out: str | Path, settings: dict[str, Any]) -> Path:
@@ -152,10 +149,8 @@ def state_path(out: str | Path, settings: dict[str, Any]) -> Path:
     for name in {**settings, **other}:
         there, here = (repr(found[name]) if name in found else "its default" for found in (other, settings))
         if there != here:
-            raise TDQError(
-                f"A run goes on with the settings that it began with; {out} holds one with {name} = {there}, "
-                f"this one has {here}. Choose another out, or delete that folder."
-            )
+            raise TDQError(f"A run goes on with the settings that it began with; {out} holds one with {name} = {there}, "
+                           f"this one has {here}. Choose another out, or delete that folder.")  # fmt: skip
     return state
 
 

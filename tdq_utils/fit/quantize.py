@@ -28,16 +28,10 @@ METHODS = (*CALIBRATED, *DYNAMIC)
 class Quantization:
     """How a model is quantized: kept on the model as ``model.quantization``.
 
-    Attributes:
-        weights, activations: bits, or ``None`` for full precision. method: one of ``METHODS``.
-        weights_per: ``"channel"`` or ``"tensor"``. kept: layers left in full precision, each with the reason.
-        split_skips: whether the halves of concatenated inputs have quantizers of their own.
-        asked: whether ``keep`` was given, so that calibration adds nothing to ``kept``.
-        names: of the quantized layers. handles: hooks on the model that follow its calls.
-        visited: the time steps that calibration saw. frozen: whether :func:`freeze` has run.
-        aside: what quantizes the layers, by name, while the model is in full precision, else ``None``.
-        found: ``requires_grad`` and ``grad`` of the parameters when the model was quantized.
-        before: the parameters before fine-tuning, or ``None``.
+    ``weights`` to ``split_skips``: as :func:`quantize` was given them, but ``kept``: layers left in full precision, each with
+    the reason. ``names``: of the quantized layers. ``visited``: time steps that calibration saw. ``frozen``: by :func:`freeze`.
+    ``asked``: whether ``keep`` was given, so that calibration adds nothing to ``kept``.
+    ``before``: the parameters before fine-tuning, or ``None``. The rest is for :func:`restore` and :func:`full_precision`.
     """
 
     weights: int | None
@@ -48,12 +42,12 @@ class Quantization:
     split_skips: bool = False
     asked: bool = False
     names: list[str] = field(default_factory=list, repr=False)
-    handles: list[RemovableHandle] = field(default_factory=list, repr=False)
     visited: list[float] = field(default_factory=list, repr=False)
     frozen: bool = False
-    aside: dict[str, dict[str, Any]] | None = field(default=None, repr=False)
-    found: dict[str, tuple[bool, torch.Tensor | None]] = field(default_factory=dict, repr=False)
     before: dict[str, torch.Tensor] | None = field(default=None, repr=False)
+    found: dict[str, tuple[bool, Any]] = field(default_factory=dict, repr=False)  # requires_grad and grad, by parameter
+    handles: list[RemovableHandle] = field(default_factory=list, repr=False)  # hooks that follow the model's calls
+    aside: dict[str, dict[str, Any]] | None = field(default=None, repr=False)  # what was on the layers: in full precision
 
 
 def quantize(model: Any, weights: int | None = 8, activations: int | None = 8, method: str = "tdq",
@@ -61,8 +55,8 @@ def quantize(model: Any, weights: int | None = 8, activations: int | None = 8, m
              search: bool = True) -> None:  # fmt: skip
     """Make the model's conv and linear layers quantized ones, in place; :func:`restore` takes the quantizers out.
 
-    The layers stay the same modules with the same parameters, which are not touched. Weights get the MSE-optimal symmetric
-    step; step sizes of activations come from :func:`tdq_utils.fit.calibration.calibrate`, but dynamic methods need none.
+    The layers stay the same modules; their parameters are not touched. Weights get the MSE-optimal symmetric step; step sizes
+    of activations come from :func:`tdq_utils.fit.calibration.calibrate`, but dynamic methods need none.
 
     Args:
         model: a diffusers denoiser, called with a sample and a time step.
@@ -75,9 +69,8 @@ def quantize(model: Any, weights: int | None = 8, activations: int | None = 8, m
             input quantizers of their own, for activations and weights (Q-Diffusion, Li et al. 2023).
         search: look for the step sizes of weights; ``False``: leave them at 1, for a caller who has them.
 
-    Raises:
-        TDQError: bits outside 2..8, unknown method, a pattern that names no layer, weights that are not
-            finite, a model that is quantized already, has an adapter, takes no time step or has nothing to quantize.
+    TDQError: bits outside 2..8, unknown method, a pattern that names no layer, weights that are not finite, a model that is
+    quantized already, has an adapter, takes no time step or has nothing to quantize.
     """
     if hasattr(model, "quantization"):
         raise TDQError("quantize takes a full-precision model; this one is quantized already. Call restore(model) first.")
@@ -115,19 +108,17 @@ def _new_quantizer(layer, bits, method, split):
 
 
 def _put_on(model, added):
-    state = model.quantization
     for name, parts in added.items():
         layer = model.get_submodule(name)
         layers.attach(layer, **parts)
         layer.train(layer.training)
-    state.handles = [*follow(model), model.register_forward_pre_hook(_check_path)]
+    model.quantization.handles = [*follow(model), model.register_forward_pre_hook(_check_path)]
 
 
 def _take_off(model):
     """Make the layers plain again; what quantized them, by name."""
-    state = checked_state(model)
     added = {name: layers.detach(layer) for name, layer in quantized_layers(model).items()}
-    for handle in state.handles:
+    for handle in model.quantization.handles:
         handle.remove()
     return added
 
@@ -143,19 +134,14 @@ def keep_too(model: nn.Module, names: Iterable[str], reason: str) -> None:
 
 def _check_path(model, args):
     """A hook: no layer may have come in since, and run unquantized."""
-    seen, todo = set(), [model]
-    while todo:
-        module = todo.pop()
-        if module not in seen and not isinstance(module, (ActivationQuantizer, SplitQuantizer)):
-            seen.add(module)
-            todo += [child for child in module._modules.values() if child is not None]
-    had, has = len(model.quantization.kept) + len(model.quantization.names), sum(isinstance(m, LAYERS) for m in seen)
+    modules = list(model.modules())
+    own = {part for module in modules if isinstance(module, ActivationQuantizer) for part in module.modules()}  # of generators
+    had = len(model.quantization.kept) + len(model.quantization.names)
+    has = sum(isinstance(module, LAYERS) and module not in own for module in modules)
     if had != has:
-        raise TDQError(
-            f"A quantized model must keep its layers; it had {had} conv and linear ones, now {has}. Projections that are fused, "
-            "or an adapter: call restore(model), then pipe.fuse_qkv_projections() or pipe.fuse_lora() and "
-            "pipe.unload_lora_weights(), then quantize."
-        )
+        raise TDQError(f"A quantized model must keep its layers; it had {had} conv and linear ones, now {has}. Fused projections "
+                       "or an adapter: call restore(model), then pipe.fuse_qkv_projections() or pipe.fuse_lora() and "
+                       "pipe.unload_lora_weights(), then quantize.")  # fmt: skip
 
 
 def checked_state(model: Any) -> Quantization:
@@ -167,14 +153,11 @@ def checked_state(model: Any) -> Quantization:
 
 def quantized_layers(model: Any) -> dict[str, QuantizedLayer]:
     """The quantized layers by dotted name. TDQError: the model is not quantized, or a layer is no longer where it was."""
-    found: dict[str, Any] = {}
-    for name in checked_state(model).names:
-        found[name] = model.get_submodule(name)
-        if model.quantization.aside is None and not isinstance(found[name], QuantizedLayer):
-            raise TDQError(
-                f"{name} must be the layer that was quantized; it is a {type(found[name]).__name__} now. If an adapter wrapped "
-                "it, unload that first (pipe.unload_lora_weights()), then restore(model)."
-            )
+    found: dict[str, Any] = {name: model.get_submodule(name) for name in checked_state(model).names}
+    for name, layer in found.items() if model.quantization.aside is None else ():
+        if not isinstance(layer, QuantizedLayer):
+            raise TDQError(f"{name} must be the layer that was quantized; it is a {type(layer).__name__} now. If an adapter "
+                           "wrapped it, unload that first (pipe.unload_lora_weights()), then restore(model).")  # fmt: skip
     return found
 
 
@@ -204,12 +187,9 @@ def restore(model: nn.Module) -> None:
 
 @contextmanager
 def full_precision(model: nn.Module) -> Iterator[nn.Module]:
-    """While open, a quantized model is its full-precision self: with the weights from before fine-tuning, if it was trained.
-
-    May be nested; a model that is not quantized is its full-precision self already.
-    """
+    """While open, a quantized model is its full-precision self, with the weights from before any fine-tuning; may be nested."""
     state = getattr(model, "quantization", None)
-    if state is None or state.aside is not None:
+    if state is None or state.aside is not None:  # it is already
         yield model
         return
     state.aside = added = _take_off(model)
@@ -239,15 +219,14 @@ def freeze(model: nn.Module, scheduler: Any = None, steps: int | None = None, ne
         steps: sampling steps; default: every t that the scheduler was trained with. scheduling: as for ``sample``.
         nearest: let a per-step table answer for steps it was not calibrated for by its nearest t, instead of refusing.
 
-    Raises:
-        TDQError: not quantized, not calibrated, or calibrated per step at other steps.
+    TDQError: not quantized, not calibrated, or calibrated per step at other steps.
     """
     state = checked_state(model)
     visited = state.visited if scheduler is None else timesteps(scheduler, steps, model, **(scheduling or {}))
-    quantizers = activation_quantizers(model)
-    frozen = {name: frozen_step(quantizer.step, visited, nearest) for name, quantizer in quantizers.items()}
-    for name, quantizer in quantizers.items():
-        quantizer.step = frozen[name]
+    quantizers = list(activation_quantizers(model).values())
+    frozen = [frozen_step(quantizer.step, visited, nearest) for quantizer in quantizers]  # all, before any is replaced
+    for quantizer, step in zip(quantizers, frozen, strict=True):
+        quantizer.step = step
     round_weights(model)
 
 

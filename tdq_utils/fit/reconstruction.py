@@ -18,7 +18,6 @@ from tdq_utils.fit.quantize import activation_quantizers, checked_state, full_pr
 from tdq_utils.method.generator import StepGenerator
 from tdq_utils.method.step_sizes import LearnedStep
 
-TARGETS = ("block", "noise")
 # The units of reconstruction, as in BRECQ (Li et al. 2021): residual and transformer blocks, attention, resampling.
 BLOCKS = re.compile(r"(TransformerBlock|Attention)$|^(ResnetBlock2D|Downsample2D|Upsample2D)$")
 
@@ -49,11 +48,9 @@ def refine(model: nn.Module, data: CalibrationSet | Calls, target: str = "block"
     steps = [quantizer.step for quantizer in activation_quantizers(model).values()]
     sources = nn.ModuleList(step for step in steps if isinstance(step, (LearnedStep, StepGenerator)))
     sources.train().requires_grad_()
-    error = {"block": _block_error, "noise": _noise_error}[target]
-    loss = lambda batch, i: error(model, batch)  # noqa: E731
+    loss, how = partial(TARGETS[target], model), (iterations, rate, batch_size, seed, progress)
     try:
-        how = iterations, rate, batch_size, seed, progress
-        return _learn(model, data, loss, list(sources.parameters()), f"refine by {target}", *how)
+        return _learn(model, data, lambda batch, i: loss(batch), list(sources.parameters()), f"refine by {target}", *how)
     finally:
         sources.eval()
 
@@ -65,9 +62,9 @@ def _learn(model, data, loss, parameters, title, iterations, rate, batch_size, s
     if not parameters:
         raise TDQError(f"{title} needs step sizes that learn, or weights on a grid; got none. Call quantize and calibrate first.")
     device, generator = device_of(model), torch.Generator().manual_seed(seed)
+    loss_of = lambda i: loss(data.draw(batch_size, generator, device), i)  # noqa: E731
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        loss_of = lambda i: loss(data.draw(batch_size, generator, device), i)  # noqa: E731
         return descend(loss_of, parameters, iterations, rate, title, progress)
 
 
@@ -102,6 +99,9 @@ def _block_error(model, batch):
 def _tensors(output):
     """The tensors of a block's output: some give text and image tokens."""
     return [output] if isinstance(output, torch.Tensor) else [part for part in output if isinstance(part, torch.Tensor)]
+
+
+TARGETS = {"block": _block_error, "noise": _noise_error}
 
 
 class SoftRounding(nn.Module):
@@ -157,8 +157,8 @@ def adaround(model: nn.Module, data: CalibrationSet | Calls, iterations: int = 4
     try:
         for layer in activations:
             layer.activation = None
-        how = iterations, rate, batch_size, seed, progress
-        losses = _learn(model, data, loss, [rounding.v for _, rounding in soft], "adaround", *how)
+        parameters, how = [rounding.v for _, rounding in soft], (iterations, rate, batch_size, seed, progress)
+        losses = _learn(model, data, loss, parameters, "adaround", *how)
     finally:
         for layer, activation in activations.items():
             layer.activation, layer.rounded = activation, None

@@ -4,6 +4,7 @@ import copy
 import platform
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -25,13 +26,15 @@ from tdq_utils.errors import TDQError
 from tdq_utils.fit.calibration import calibrate
 from tdq_utils.fit.quantize import DYNAMIC, freeze, quantize, quantized_layers
 from tdq_utils.run.integer import IntegerRunner, to_integer
-from tdq_utils.run.onnx import OnnxModel, export_float, export_onnx
+from tdq_utils.run.onnx import OnnxModel, export_float, export_onnx, needed, session
 from tdq_utils.run.runtime import Compiled, Runner, interval_table
 from tdq_utils.run.storage import save_quantized
 
 KINDS = dict.fromkeys(("mkldnn_convolution", "qconv_pointwise", "addmm", "mm", "bmm"), "convolutions and matrix products")
 KINDS["_scaled_dot_product_flash_attention_for_cpu"] = "attention"
 REST = "norms, activation functions, quantization, copies"
+INTEGER = {"ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearConv", "QLinearMatMul"}
+FLOAT = {"Conv", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul"}  # as onnxruntime names its kernels
 
 
 def machine() -> str:
@@ -121,6 +124,26 @@ def _peers(model: nn.Module, scheduler: SchedulerMixin, steps: int) -> dict[str,
         except TDQError as error:
             print(f"Without onnxruntime: {error}")
             return {}
+
+
+def kernels(path: str | Path) -> pd.DataFrame:
+    """The kernels that onnxruntime multiplies with on this machine: those in the file's graph after all fusions.
+
+    Columns ``kernel``, ``arithmetic`` ("int8" or "float32"), ``layers`` ("quantized" or "full precision": also products of
+    activations), ``count``. A float32 kernel of a quantized layer is one that is fed by DequantizeLinear. TDQError: onnx or
+    onnxruntime is not installed.
+    """
+    with TemporaryDirectory() as folder:
+        session(path, fused=f"{folder}/fused.onnx")
+        nodes = needed("onnx")[0].load(f"{folder}/fused.onnx").graph.node
+    dequantized = {name for node in nodes if node.op_type == "DequantizeLinear" for name in node.output}
+    found: Counter[tuple[str, str, str]] = Counter()
+    for node in nodes:
+        if node.op_type in INTEGER:
+            found[node.op_type, "int8", "quantized"] += 1
+        elif node.op_type in FLOAT:
+            found[node.op_type, "float32", "quantized" if dequantized & set(node.input) else "full precision"] += 1
+    return pd.DataFrame([(*key, n) for key, n in sorted(found.items())], columns=["kernel", "arithmetic", "layers", "count"])
 
 
 def bench_integer(variants: dict[str, nn.Module], scheduler: SchedulerMixin, images: int = 64, steps: int = 5, repeats: int = 15,

@@ -13,22 +13,29 @@ from tdq_utils.fit.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinea
 from tdq_utils.run.runtime import Runner, bits_on_grid
 
 INT8_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8"}  # instructions that add products of 8 bits in 32 bits
+X86 = ("x86_64", "amd64")
 
 
 class IntegerRunner(Runner):
-    """A copy of a calibrated model that multiplies and adds integers.
+    """A :class:`tdq_utils.run.runtime.Runner` that multiplies and adds integers.
 
     Activations are uint8 with the zero of their grid, weights int8 with a step size for each output channel, sums int32.
-    One packed weight serves every t, because the interval of the activations enters as a number at each call. The layers
-    that quantization left in full precision stay so, and so do norms, activation functions and the attention product.
+    One packed weight serves every t, because the interval of the activations enters as a number at each call.
 
-    Args, Attributes, TDQError: as :class:`tdq_utils.run.runtime.Runner`; and TDQError: weights or activations not quantized;
-    halves of inputs quantized apart; a kind of layer without an integer kernel; a processor that is not x86, or weights of
-    8 bits where no instruction adds products of 8 bits.
+    Further TDQError: weights or activations not quantized; halves of inputs quantized apart; a kind of layer without an integer
+    kernel; a processor that is not x86, or weights of 8 bits where no instruction adds products of 8 bits.
     """
 
     def __init__(self, model: nn.Module, scheduler: Any = None, steps: int | None = None, compiled: bool = True):
-        _check_processor(bits_on_grid(model)[0])
+        bits, _ = bits_on_grid(model)
+        if platform.machine().lower() not in X86:
+            raise TDQError(f"Integer kernels are there for x86-64; this processor is {platform.machine()}. Sample the frozen "
+                           "model: the simulation gives the same images.")  # fmt: skip
+        if saturates(bits):
+            raise TDQError(f"8-bit weights need one of {', '.join(sorted(INT8_FLAGS))}, or sums saturate; this processor has "
+                           "none. Quantize weights to 7 bits or fewer, or sample the frozen model: the simulation.")  # fmt: skip
+        if not INT8_FLAGS & cpu_flags():
+            warnings.warn("This processor has no 8-bit dot product: integers are right here, but not faster.", stacklevel=2)
         super().__init__(model, scheduler, steps, compiled)
 
     @staticmethod
@@ -56,23 +63,15 @@ def cpu_flags() -> set[str]:
     return set(next((line.split(":")[1].split() for line in lines if line.startswith("flags")), ()))
 
 
-def _check_processor(weight_bits):
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        raise TDQError(f"Integer kernels are there for x86-64; this processor is {platform.machine()}. Sample the frozen model: "
-                       "the simulation gives the same images.")  # fmt: skip
-    # Older instructions add two products in 16 bits: 2 * 255 * 64 fits, 2 * 255 * 128 does not.
-    if not INT8_FLAGS & cpu_flags() and weight_bits == 8:
-        raise TDQError(f"8-bit weights need one of {', '.join(sorted(INT8_FLAGS))}, or sums saturate; this processor has none. "
-                       "Quantize weights to 7 bits or fewer, or sample the frozen model: the simulation.")  # fmt: skip
-    if not INT8_FLAGS & cpu_flags():
-        warnings.warn("This processor has no 8-bit dot product: integers are right here, but not faster.", stacklevel=4)
+def saturates(weight_bits: int) -> bool:
+    """Whether sums may be cut here: older instructions of x86 add two products in 16 bits; 2 * 255 * 64 fits, * 128 does not."""
+    return weight_bits == 8 and platform.machine().lower() in X86 and not INT8_FLAGS & cpu_flags()
 
 
 class IntegerConv2d(nn.Module):
-    """Quantize the input with ``quantizer.levels(x)``, multiply and add integers, return floats.
+    """Quantizes its input with ``quantizer.levels(x)``, multiplies and adds integers, and returns floats.
 
-    Attributes:
-        packed: weights of the frozen ``layer`` as the kernel wants them, one byte each. weight_step: of each output channel.
+    ``packed``: weights of the frozen ``layer`` as the kernel wants them, one byte each; ``weight_step``: of each output channel.
     """
 
     weight_step: torch.Tensor
@@ -81,10 +80,10 @@ class IntegerConv2d(nn.Module):
 
     def __init__(self, layer: QuantizedLayer, quantizer: Any):
         super().__init__()
+        self.quantizer = quantizer
         pixel = ([1, 1], [0, 0], [1, 1], 1)  # a linear layer's: strides, padding, dilation, groups
         strided = type(layer) is QuantizedConv2d
         self.geometry = (layer.stride, layer.padding, layer.dilation, layer.groups) if strided else pixel
-        self.quantizer = quantizer
         for name in ("weight_step", "weight_zero", "bias"):
             self.register_buffer(name, None)
         self.load(layer)

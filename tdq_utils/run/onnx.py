@@ -1,16 +1,13 @@
-"""Write a calibrated model as an ONNX file whose intervals are gathered by t, run it in onnxruntime, see which kernels ran."""
+"""Write a calibrated model as an ONNX file whose intervals are gathered by t; run one in onnxruntime."""
 
 import copy
 import importlib
 import logging
-import platform
-import tempfile
 import warnings
-from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,33 +16,22 @@ from torch import nn
 from tdq_utils.errors import TDQError
 from tdq_utils.fit.layers import QuantizedConv2d, QuantizedLinear
 from tdq_utils.fit.quantize import full_precision, quantized_layers
-from tdq_utils.method.step_sizes import TimeSteps, nearest
-from tdq_utils.run.integer import INT8_FLAGS, cpu_flags
-from tdq_utils.run.runtime import RowQuantizer, Runner, bits_on_grid
-
-if TYPE_CHECKING:
-    import pandas
-
-INTEGER = {"ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearConv", "QLinearMatMul"}
-FLOAT = {"Conv", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul"}  # as onnxruntime names its kernels
+from tdq_utils.run.integer import saturates
+from tdq_utils.run.runtime import RowQuantizer, Runner, bits_on_grid, one_time
 
 
 def export_onnx(model: nn.Module, scheduler: Any, steps: int, path: str | Path,
                 condition: dict[str, torch.Tensor] | None = None) -> None:  # fmt: skip
-    """Write a quantized model as an ONNX file with the inputs ``sample`` and ``timestep`` (one for
-    the batch; a whole number, or a float if any visited t is fractional).
+    """Write a quantized model as an ONNX file; each layer gives what the simulated one gives, but for the last bits of its sums.
 
-    Each quantized layer has QuantizeLinear and DequantizeLinear nodes on its input, and a DequantizeLinear on its int8
-    weights. Scale and zero point of the input are gathered from tables over the visited time steps, at the row that holds
-    the value of t; a t that no row holds stops the run with an error.
-
-    onnxruntime takes integers for a product between such nodes; for a convolution it would want the output quantized too,
-    which changes the numbers. So convolutions are written as products, with the uint8 levels that an output pixel sees
-    gathered into a row: a layer gives what the simulated one gives, but for the last bits of its sums.
+    A quantized layer has QuantizeLinear and DequantizeLinear nodes on its input, with scale and zero point gathered from tables
+    over the visited time steps by the value of t (another t stops the run), and a DequantizeLinear on its int8 weights. For a
+    convolution between such nodes onnxruntime would want the output quantized too; so it is written as a product.
 
     Args:
         model: calibrated, frozen or not; left as it is. scheduler, steps: the time steps that the tables hold.
-        path: of the file; it takes images of the model's size, in batches of any.
+        path: of the file; its inputs are ``sample``, of the model's size, in batches of any, and ``timestep``, one for the batch:
+            a whole number, or a float if any visited t is fractional.
         condition: an example of the model's further arguments, two rows or more each: further inputs of the file.
 
     TDQError: not quantized and calibrated, or for other steps; weights or inputs without a grid; intervals that depend on the
@@ -77,7 +63,7 @@ def _checked_kind(name, layer):
 
 
 def _write(net, path, condition, weights=32):
-    _needed("onnx", "onnxscript")
+    needed("onnx", "onnxscript")
     shape = (net.config.in_channels, *np.broadcast_to(net.config.sample_size, 2).tolist())
     rows = len(next(iter(condition.values()), (0, 0)))  # one row alone would be taken for a constant
     batch = {0: torch.export.Dim("batch", max=63)}  # diffusers copies tensors from 64 on: no difference to the file
@@ -97,17 +83,14 @@ def _write(net, path, condition, weights=32):
     program.save(path)
 
 
-def _dtype(visited):  # of the input that carries t
-    return torch.int64 if all(float(t).is_integer() for t in visited) else torch.float32
-
-
 class _Timed(nn.Module):
     """The model, and before it the search for the row of t that its layers gather from."""
 
     def __init__(self, net, clock=None, visited=()):
         super().__init__()
         self.net, self.config, self.clock, self.visited = net, net.config, clock, visited
-        self.register_buffer("timesteps", torch.tensor(visited, dtype=_dtype(visited)))
+        whole = all(float(t).is_integer() for t in visited)
+        self.register_buffer("timesteps", torch.tensor(visited, dtype=torch.int64 if whole else torch.float32))
 
     def forward(self, sample, timestep, condition):
         if self.visited:
@@ -126,7 +109,7 @@ def _dequantized(q, s, zero=None, **axis):
 
 
 class _Product(nn.Module):
-    """A quantized linear layer as ONNX nodes. ``table``: that of :class:`Runner`. ``clock``: has the row."""
+    """A quantized linear layer as ONNX nodes; ``table``: of :class:`Runner`, ``clock``: has the row."""
 
     def __init__(self, layer, table, clock):
         super().__init__()
@@ -158,7 +141,7 @@ class _Product(nn.Module):
 
 
 class _Convolution(_Product):
-    """A quantized convolution as a product of gathered pixels."""
+    """A quantized convolution as a product: the levels that an output pixel sees are gathered into a row."""
 
     def __init__(self, layer, table, clock):
         super().__init__(layer, table, clock)
@@ -194,57 +177,34 @@ class OnnxModel(nn.Module):
 
     def __init__(self, path: str | Path, threads: int | None = None):
         super().__init__()
-        self.session = _session(path, threads or torch.get_num_threads())
+        self.session = session(path, threads or torch.get_num_threads())
         (_, channels, *size), about = self.session.get_inputs()[0].shape, self.session.get_modelmeta().custom_metadata_map
         self.config = SimpleNamespace(in_channels=channels, sample_size=size)
         self.visited = sorted(float(t) for t in about["timesteps"].split())
-        self.time_dtype = _dtype(self.visited)
+        self.time_dtype = torch.int64 if all(t.is_integer() for t in self.visited) else torch.float32
         self.eval()
         self.device = nn.Parameter(torch.empty(0), requires_grad=False)  # samplers ask a parameter for it
-        if about["weights"] == "8" and platform.machine().lower() in ("x86_64", "amd64") and not INT8_FLAGS & cpu_flags():
+        if saturates(int(about["weights"])):
             raise TDQError("8-bit weights need 8-bit dot products; this processor names none. Quantize weights to 7 bits.")
 
     def forward(self, sample: torch.Tensor, timestep: Any, **condition: torch.Tensor) -> SimpleNamespace:
         """An object whose ``sample`` is the output, float32."""
-        t, *others = TimeSteps(timestep, torch.as_tensor(timestep).numel()).values
-        if others:
-            raise TDQError(f"The file takes one t a call; got {t:g} and {others[0]:g}. Call it once for each.")
-        t = self.visited[nearest(self.visited, t)] if self.visited else t
-        given = {"sample": sample, "timestep": torch.tensor(t).to(self.time_dtype), **condition}
+        t = torch.tensor(one_time(torch.as_tensor(timestep), self.visited))
+        given = {"sample": sample, "timestep": t.to(self.time_dtype), **condition}
         (out,) = self.session.run(None, {name: np.ascontiguousarray(value.numpy()) for name, value in given.items()})
         return SimpleNamespace(sample=torch.from_numpy(out))
 
 
-def kernels(path: str | Path) -> "pandas.DataFrame":
-    """The kernels that onnxruntime multiplies with on this machine: those in the file's graph after all fusions.
-
-    Columns ``kernel``, ``arithmetic`` ("int8" or "float32"), ``layers`` ("quantized" or "full precision": also products of
-    activations), ``count``. A float32 kernel of a quantized layer is one that is fed by DequantizeLinear. TDQError: onnx or
-    onnxruntime is not installed.
-    """
-    import pandas as pd
-
-    with tempfile.TemporaryDirectory() as folder:
-        _session(path, 1, fused=f"{folder}/fused.onnx")
-        nodes = _needed("onnx")[0].load(f"{folder}/fused.onnx").graph.node
-    dequantized = {name for node in nodes if node.op_type == "DequantizeLinear" for name in node.output}
-    found: Counter[tuple[str, str, str]] = Counter()
-    for node in nodes:
-        if node.op_type in INTEGER:
-            found[node.op_type, "int8", "quantized"] += 1
-        elif node.op_type in FLOAT:
-            found[node.op_type, "float32", "quantized" if dequantized & set(node.input) else "full precision"] += 1
-    return pd.DataFrame([(*key, n) for key, n in sorted(found.items())], columns=["kernel", "arithmetic", "layers", "count"])
-
-
-def _session(path, threads, fused=""):
-    (onnxruntime,) = _needed("onnxruntime")
+def session(path: str | Path, threads: int = 1, fused: str = "") -> Any:
+    """The file in onnxruntime, on the CPU; ``fused``: where to write its graph after all fusions. TDQError: not installed."""
+    (onnxruntime,) = needed("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.optimized_model_filepath, options.log_severity_level = threads, fused, 4
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def _needed(*names):
+def needed(*names: str) -> list[Any]:
+    """These modules, imported. TDQError: one is not installed."""
     try:
         return [importlib.import_module(name) for name in names]
     except ImportError as error:

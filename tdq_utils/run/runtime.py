@@ -39,10 +39,9 @@ class Compiled(nn.Module):
 
 
 class ChannelwiseGroupNorm(nn.GroupNorm):
-    """A group norm that reduces each channel before it joins those of a group: the same but for last bits.
+    """A group norm that reduces each channel before it joins those of a group: the same but for last bits."""
 
-    Groups of three channels defeat torch's compiler: two such norms took a quarter of the shipped model's time in integers.
-    """
+    # Groups of three channels defeat torch's compiler: two such norms took a quarter of the shipped model's time in integers.
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalized, scaled and shifted, shaped as ``x``."""
@@ -67,8 +66,7 @@ class Runner(Compiled):
         scheduler, steps: what the runner can be sampled with; default: what the model was frozen for.
         compiled: run through ``torch.compile`` (most of a minute at the first call, less time at every other).
 
-    Attributes:
-        table: ``"t value quantizer"`` (:func:`interval_table`). now: its row in use, ``"value quantizer"``. net: the copy.
+    ``table``: ``"t value quantizer"`` (:func:`interval_table`). ``now``: its row, ``"value quantizer"``. ``net``: the copy.
     """
 
     table: torch.Tensor
@@ -117,10 +115,15 @@ class Runner(Compiled):
 
     def row(self, timestep: torch.Tensor) -> torch.Tensor:
         """The row of the table, ``"value quantizer"``, of a call's time steps."""
-        (t, *others), known = TimeSteps(timestep, timestep.numel()).values, sorted(self.rows)
-        if others:
-            raise TDQError(f"A runner takes one t a call; got {t:g} and {others[0]:g}. Call the frozen model itself.")
-        return self.table[self.rows[t if t in self.rows else known[nearest(known, t)]]]
+        return self.table[self.rows[one_time(timestep, sorted(self.rows))]]
+
+
+def one_time(timestep: torch.Tensor, known: list[float]) -> float:
+    """What a call's time steps are among the ``known``, ascending (none: any). TDQError: several, or not known."""
+    t, *others = TimeSteps(timestep, timestep.numel()).values
+    if others:
+        raise TDQError(f"This model takes one t a call; got {t:g} and {others[0]:g}. Call it for each, or the frozen model once.")
+    return known[nearest(known, t)] if known else t
 
 
 def bits_on_grid(model: nn.Module) -> tuple[int, int]:
@@ -147,9 +150,8 @@ def _frozen_for(model):
 def interval_table(model: nn.Module, visited: Sequence[float]) -> torch.Tensor:
     """What every activation quantizer of a calibrated model needs at the time steps ``visited``: ``"t value quantizer"`` float32.
 
-    The values: step size, least and greatest level, counted from 0 (``x_hat = s * clip(round(x / s), least, greatest)``).
-    Of input-dependent intervals nothing is known before but their number of levels below and above the middle.
-    TDQError: the model is not calibrated, or calibrated per step at other steps.
+    The values: step size (of input-dependent intervals: 1), least and greatest level, counted from 0 (``x_hat = s *
+    clip(round(x / s), least, greatest)``). TDQError: the model is not calibrated, or calibrated per step at other steps.
     """
     columns = [_column(quantizer, visited) for quantizer in activation_quantizers(model).values()]
     return torch.stack(columns, dim=2) if columns else torch.zeros(len(visited), 3, 0)
@@ -167,10 +169,7 @@ def _column(quantizer, visited):
 
 
 class RowQuantizer(nn.Module):
-    """Fake-quantizes with the interval in ``column`` of the row in use, ``now``, ``"value quantizer"``.
-
-    If the interval depends on the input, ``step`` finds it, between the levels that the column holds.
-    """
+    """Fake-quantizes with the interval in ``column`` of ``now``, ``"value quantizer"``, or that ``step`` finds for the input."""
 
     def __init__(self, now: torch.Tensor, column: int, step: DynamicStep | None = None):
         super().__init__()
@@ -194,9 +193,8 @@ class RowQuantizer(nn.Module):
 
 def _copy(model, now, make_layer):
     """A copy of the model that is not quantized, with layers made by ``make_layer`` whose quantizers read ``now``."""
-    net, readers = copy.deepcopy(model), {}
-    for column, quantizer in enumerate(activation_quantizers(net).values()):
-        readers[quantizer] = RowQuantizer(now, column, quantizer.step if isinstance(quantizer.step, DynamicStep) else None)
+    net, dynamic = copy.deepcopy(model), lambda step: step if isinstance(step, DynamicStep) else None
+    readers = {q: RowQuantizer(now, column, dynamic(q.step)) for column, q in enumerate(activation_quantizers(net).values())}
     for name, layer in quantized_layers(net).items():
         activation = readers.get(layer.activation)
         if isinstance(layer.activation, SplitQuantizer):

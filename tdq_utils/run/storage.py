@@ -25,25 +25,18 @@ HOW = ("weights", "activations", "method", "weights_per", "split_skips")  # quan
 def save_quantized(model: Any, folder: str | Path, packed: bool = False) -> None:
     """Write a quantized model, calibrated or not, frozen or not, so that it round-trips exactly.
 
-    A model that the folder holds already stays whole until the new one is: the JSON names its tensors and is replaced last.
-
-    Args:
-        model: quantized. folder: gets ``quantization.json`` and ``model-....safetensors``.
-        packed: keep of the quantized weights only their levels: one byte each, or two in a byte from 4 bits down. The model
-            that comes back gives the same outputs; the weights before rounding are gone. TDQError: weights are not quantized.
+    ``folder`` gets ``quantization.json`` and ``model-....safetensors``; one that it holds already stays whole until they are.
+    ``packed``: keep of the quantized weights only their levels: one byte each, or two in a byte from 4 bits down. The model that
+    comes back gives the same outputs; the weights before rounding are gone. TDQError: the weights, or the model, not quantized.
     """
     state = checked_state(model)
     if packed and state.weights is None:
         raise TDQError("packed needs weights on a grid; this model's are in full precision. Quantize them, or pass packed=False.")
     settings: dict[str, Any] = {name: getattr(state, name) for name in (*HOW, "frozen", "visited")} | dict(
-        format=FORMAT,
-        model=type(model).__name__,
-        config={k: v for k, v in model.config.items() if not k.startswith("_")},
-        keep=state.kept,
+        format=FORMAT, model=type(model).__name__, config={k: v for k, v in model.config.items() if not k.startswith("_")},
         channels_last=any(p.dim() == 4 and not p.is_contiguous() for p in model.parameters()),  # decides in which order sums go
-        packed=packed,
-        layers={name: _describe(quantizer) for name, quantizer in activation_quantizers(model).items()},
-    )
+        keep=state.kept, packed=packed, layers={name: _describe(q) for name, q in activation_quantizers(model).items()},
+    )  # fmt: skip
     tensors, seen = {}, set()
     for name, tensor in model.state_dict().items():
         if not name.endswith(".rounded"):  # they follow from the weights and their steps
@@ -59,7 +52,7 @@ def save_quantized(model: Any, folder: str | Path, packed: bool = False) -> None
 
 
 def _write(folder, tensors, settings):
-    """Both files are written beside their places; the name of one is that of its content, the other is moved last."""
+    """Both files are written beside their places; the JSON, which names the tensors, is moved last."""
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".part-", dir=folder) as beside:
         written, described, old = Path(beside) / "tensors", Path(beside) / "json", _named(folder)
@@ -94,8 +87,7 @@ def load_quantized(folder: str | Path) -> nn.Module:
             raise ValueError(f"sha256 of {name} must be {settings['sha256']}, got {digest}; copy both files again")
         return _build(settings, load_file(folder / name))
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
-        message = f"{folder} must hold quantization.json and the tensors it names, as save_quantized writes them: {error!r}"
-        raise DataError(message) from error
+        raise DataError(f"{folder} must hold a JSON and its tensors, as save_quantized writes them: {error!r}") from error
 
 
 def pack(levels: torch.Tensor, bits: int) -> torch.Tensor:
@@ -120,7 +112,6 @@ def _sha256(path):
 
 
 def _build(settings, tensors):
-    """The quantized model that the contents of the two files describe."""
     import diffusers  # slow to import
     from accelerate import init_empty_weights
 
@@ -148,12 +139,12 @@ def _build(settings, tensors):
 
 def _describe(quantizer):
     """JSON for an activation quantizer: its grid, and the kind and shape of its step source."""
-    grid, step = quantizer.grid, quantizer.step
-    return dict(grid=grid and vars(grid), step=step and dict(kind=type(step).__name__, **step.settings()))
+    step = quantizer.step and dict(kind=type(quantizer.step).__name__, **quantizer.step.settings())
+    return dict(grid=quantizer.grid and vars(quantizer.grid), step=step)
 
 
 def _rebuild(quantizer, description, tensors, place):
-    """Give a quantizer a grid and a step source of the described kind, still without its values."""
+    """The inverse of :func:`_describe`, still without the values."""
     quantizer.grid, settings = description["grid"] and Grid(**description["grid"]), dict(description["step"] or {})
     kind = settings.pop("kind", None)
     if kind == "TableStep":

@@ -10,6 +10,7 @@ from tdq_utils.lab.bench import (
     bench,
     bench_integer,
     generator_runner,
+    kernels,
     machine,
     memory,
     peak_bytes,
@@ -112,3 +113,24 @@ def test_generators_on_the_path_give_the_table_s_images(unet, scheduler):
     table, generators = (make(unet, scheduler, 2, compiled=False) for make in (IntegerRunner, generator_runner))
     how = dict(seeds=range(2), steps=2, progress=False)
     assert torch.equal(sample(table, scheduler, **how), sample(generators, scheduler, **how))
+
+
+def test_float_kernels_of_quantized_layers_are_counted_as_such(tmp_path):
+    from onnx import TensorProto, helper
+
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "zero"], ["x_hat"]),
+        helper.make_node("DequantizeLinear", ["w", "s"], ["w_hat"]),
+        helper.make_node("Conv", ["x_hat", "w_hat"], ["y"]),  # onnxruntime wants its output quantized too
+    ]
+    constants = [
+        helper.make_tensor("s", TensorProto.FLOAT, [], [0.1]),
+        helper.make_tensor("zero", TensorProto.UINT8, [], [128]),
+        helper.make_tensor("w", TensorProto.INT8, [1, 1, 1, 1], [3]),
+    ]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 1, 4, 4]) for name in "xy")
+    graph = helper.make_graph(nodes, "plain", [x], [y], constants)
+    path = tmp_path / "plain.onnx"
+    path.write_bytes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9).SerializeToString())
+    assert kernels(path)[["arithmetic", "layers", "count"]].values.tolist() == [["float32", "quantized", 1]]

@@ -11,10 +11,12 @@ from torch import nn
 from tdq_utils import calibrate, freeze, quantize, sample
 from tdq_utils.errors import TDQError
 from tdq_utils.fit.quantize import activation_quantizers, full_precision
+from tdq_utils.lab.bench import kernels
 from tdq_utils.method.grid import SILU_MIN, Grid
 from tdq_utils.method.step_sizes import TableStep
+from tdq_utils.run import integer
 from tdq_utils.run import onnx as export
-from tdq_utils.run.onnx import OnnxModel, export_float, export_onnx, kernels
+from tdq_utils.run.onnx import OnnxModel, export_float, export_onnx
 
 VISITED = {999: 0.02, 749: 0.03, 499: 0.05, 249: 0.1}  # t, and the step size at it
 WEIGHTS = 7  # bits whose sums are right on any processor
@@ -114,27 +116,6 @@ def test_every_quantized_layer_is_an_integer_kernel(layers):
     assert found.values.tolist() == [["MatMulIntegerToFloat", "int8", "quantized", 7]]
 
 
-def test_float_kernels_of_quantized_layers_are_counted_as_such(tmp_path):
-    from onnx import TensorProto, helper
-
-    nodes = [
-        helper.make_node("QuantizeLinear", ["x", "s", "zero"], ["q"]),
-        helper.make_node("DequantizeLinear", ["q", "s", "zero"], ["x_hat"]),
-        helper.make_node("DequantizeLinear", ["w", "s"], ["w_hat"]),
-        helper.make_node("Conv", ["x_hat", "w_hat"], ["y"]),  # onnxruntime wants its output quantized too
-    ]
-    constants = [
-        helper.make_tensor("s", TensorProto.FLOAT, [], [0.1]),
-        helper.make_tensor("zero", TensorProto.UINT8, [], [128]),
-        helper.make_tensor("w", TensorProto.INT8, [1, 1, 1, 1], [3]),
-    ]
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 1, 4, 4]) for name in "xy")
-    graph = helper.make_graph(nodes, "plain", [x], [y], constants)
-    path = tmp_path / "plain.onnx"
-    path.write_bytes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9).SerializeToString())
-    assert kernels(path)[["arithmetic", "layers", "count"]].values.tolist() == [["float32", "quantized", 1]]
-
-
 def frozen(model, scheduler, profile=None, method="table", weights=WEIGHTS, activations=5, **options):
     quantize(model, weights, activations, method, **options)
     made = dict(profile=profile) if profile else dict(seeds=range(2), steps=4)
@@ -215,12 +196,12 @@ def test_refuses_layers_that_it_cannot_write(scheduler, tmp_path):
 
 
 def test_refuses_8_bit_weights_where_their_sums_saturate(layers, monkeypatch):
-    monkeypatch.setattr(export.platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(export, "cpu_flags", lambda: {"avx2"})
+    monkeypatch.setattr(integer.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(integer, "cpu_flags", lambda: {"avx2"})
     OnnxModel(layers[1])  # 7 bits
     meta = SimpleNamespace(custom_metadata_map={"timesteps": "999", "weights": "8"})
     session = SimpleNamespace(get_inputs=lambda: [SimpleNamespace(shape=["batch", 3, 8, 8])], get_modelmeta=lambda: meta)
-    monkeypatch.setattr(export, "_session", lambda *_: session)
+    monkeypatch.setattr(export, "session", lambda *_: session)
     with pytest.raises(TDQError, match="7 bits"):
         OnnxModel("file.onnx")
 

@@ -24,6 +24,7 @@ from torch import nn
 
 from tdq_utils.errors import DataError, TDQError
 from tdq_utils.fit.quantize import checked_grid, quantize, quantized_layers, restore, round_weights
+from tdq_utils.method.step_sizes import TableStep
 from tdq_utils.run.storage import FORMAT, HOW, describe, rebuild
 
 
@@ -39,7 +40,7 @@ class TDQConfig(QuantizationConfigMixin):
     methods are ready, others are calibrated afterwards, which cannot be done while loading. ``save_pretrained`` of any quantized
     diffusers model, calibrated or not, writes the weights that it has (fine-tuned ones, if it was trained: ``restore`` after
     reading back gives these), the step sizes in float32, and this configuration, in config.json. ``from_pretrained(folder)``
-    alone reads it back: the same outputs, bit for bit, and the dtype that was saved, unless ``torch_dtype`` says otherwise.
+    alone reads it back: the same outputs, bit for bit, in the dtype that each tensor had; ``torch_dtype`` casts it as any model.
 
     Args:
         weights, activations, method, keep, weights_per, split_skips: as ``quantize`` takes them.
@@ -79,12 +80,12 @@ class TDQQuantizer(DiffusersQuantizer):
     is_trainable: bool = True
 
     def update_torch_dtype(self, torch_dtype: Any) -> Any:
-        """The model's dtype: as asked, or as it was saved. DataError: in another version of the format."""
-        saved = self.quantization_config.saved
+        """As asked; ``None``: each tensor comes as it was saved. DataError: in another version of the format."""
+        saved, self.as_saved = self.quantization_config.saved, torch_dtype is None
         with _as_written():
             if saved is not None and saved["format"] != FORMAT:
                 raise ValueError(f"format must be {FORMAT}, got {saved['format']}; save it with this version")
-            return getattr(torch, saved["dtype"]) if saved and torch_dtype is None else torch_dtype
+        return torch_dtype
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """As they are. DataError: what was saved quantized lacks any."""
@@ -94,21 +95,26 @@ class TDQQuantizer(DiffusersQuantizer):
         return missing_keys
 
     def check_if_quantized_param(self, model: Any, param_value: Any, param_name: str, state_dict: Any, **_: Any) -> bool:
-        """Whether a tensor is the kit's own: diffusers would round it to the model's dtype."""
-        return param_name in self.awaited
+        """Whether a tensor is to come as it was saved. Step sizes always are: diffusers would round them to the model's dtype."""
+        return param_name in self.own or (self.as_saved and self.quantization_config.saved is not None)
 
     def create_quantized_param(self, *args: Any, **_: Any) -> None:  # type: ignore[override]
-        """Give the model one of these tensors, as it was saved."""
+        """Give the model one of these tensors. DataError: of another shape."""
         model, _rounded, path, device, tensors = args[:5]
         owner, _, name = path.rpartition(".")
-        module, self.read[path] = model.get_submodule(owner), tensors[path]
-        value, old = tensors[path].to(device), getattr(module, name)
-        setattr(module, name, nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value)
+        module, value = model.get_submodule(owner), tensors[path]
+        old = getattr(module, name)
+        with _as_written():
+            if old.shape != value.shape and not isinstance(module, TableStep):
+                raise ValueError(f"{path} must have the shape {tuple(old.shape)}, got {tuple(value.shape)}")
+        new = value.to(device)
+        setattr(module, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+        self.own |= {path: value} if path in self.own else {}
 
     def _process_model_before_weight_loading(self, model, **_):
         """The model is on the meta device: give it what the tensors to come need, or refuse before they are read."""
         del model.is_quantized, model.quantization_method  # diffusers would refuse model.to(dtype), which the kit can
-        config, self.awaited, self.read = self.quantization_config, set(), {}
+        config, self.own = self.quantization_config, {}
         if config.saved is None:
             quantize(model, **_how(config), search=False)
             return restore(model)
@@ -117,7 +123,7 @@ class TDQQuantizer(DiffusersQuantizer):
             for name in config.saved["levels"]:
                 layer = quantized_layers(model)[name]
                 layer.levels = torch.empty_like(layer.weight, dtype=torch.int8)
-        self.awaited |= _added(model).keys()
+        self.own = _added(model)  # by what is read instead, later
 
     def _process_model_after_weight_loading(self, model, **_):
         # What quantizes a model is said in one place, ``model.quantization``: its config would not follow.
@@ -126,10 +132,14 @@ class TDQQuantizer(DiffusersQuantizer):
         if saved is None:
             return quantize(model, **_how(self.quantization_config))
         with _as_written():
-            if (found := _sha256(self.read)) != saved["sha256"]:
+            if (found := _sha256(self.own)) != saved["sha256"]:
                 raise ValueError(f"sha256 of the step sizes must be {saved['sha256']}, got {found}; copy config.json and the "
                                  "tensors again, and load without offloading to a disk")  # fmt: skip
-            self.read.clear()
+            self.own.clear()
+            for name, dtype in saved["buffers"].items() if self.as_saved else ():
+                owner, _, own = name.rpartition(".")
+                module = model.get_submodule(owner)
+                setattr(module, own, getattr(module, own).to(getattr(torch, dtype)))
             if saved["channels_last"]:
                 nn.Module.to(model, memory_format=torch.channels_last)
             if saved["frozen"]:
@@ -169,13 +179,17 @@ def _sha256(tensors):
 
 def _described(model):
     """The :class:`TDQConfig` of a quantized model, as it is by now."""
-    if any(value.is_meta for value in model.state_dict().values()):
+    state = model.state_dict()
+    if any(value.is_meta for value in state.values()):
         raise TDQError("A model must be in memory to be saved; this one is offloaded. Call pipe.remove_all_hooks() first.")
     saved, layers = describe(model), quantized_layers(model)
     how = {name: saved.pop(name) for name in (*HOW, "keep")}
-    narrowest = min((layer.weight.dtype for layer in layers.values()), key=lambda dtype: dtype.itemsize)
-    levels = [name for name, layer in layers.items() if layer.levels is not None]
-    saved |= dict(dtype=str(narrowest).removeprefix("torch."), levels=levels, sha256=_sha256(_added(model)))
+    buffers = {name: value for name, value in model.named_buffers() if name not in state}  # not saved, but cast with the model
+    saved |= dict(
+        levels=[name for name, layer in layers.items() if layer.levels is not None],
+        buffers={name: str(value.dtype).removeprefix("torch.") for name, value in buffers.items()},
+        sha256=_sha256(_added(model)),
+    )
     return TDQConfig(**how, saved=saved)
 
 
@@ -187,9 +201,10 @@ def _describing(plain):
         state = getattr(model, "quantization", None)
         if state is None or state.aside is not None:  # it is its full-precision self
             return plain(model, *args, **options)
-        config, hook = model._internal_dict, model.register_state_dict_post_hook(_less_rounded)
+        config, described = model._internal_dict, _described(model)
+        hook = model.register_state_dict_post_hook(_less_rounded)
         try:
-            model.register_to_config(quantization_config=_described(model))
+            model.register_to_config(quantization_config=described)
             return plain(model, *args, **options)
         finally:
             hook.remove()

@@ -53,6 +53,7 @@ def test_from_pretrained_quantizes(folder, unet, scheduler, profile, x, method):
             torch.manual_seed(1)
             calibrate(each, scheduler, profile=profile, progress=False, **(dict(iterations=2) if method == "tdq" else {}))
     assert same(model, unet, x)
+    assert not model.training
     restore(model)
     assert same(model, UNet2DModel.from_pretrained(folder), x)
     assert "quantization_config" not in model.config
@@ -339,7 +340,7 @@ DAMAGE = {
     "other-bits": (edit(lambda q: q.update(weights=17)), "bits must be a whole number from 2 to 8; got 17"),
     "lost-layer": (edit(lambda q: q["saved"]["layers"].popitem()), "must hold config.json"),
     "unknown-step": (edit(lambda q: first_layer(q)["step"].update(kind="Magic")), "must hold config.json .*'Magic'"),
-    "unknown-dtype": (edit(lambda q: q["saved"].update(dtype="float9")), "must hold config.json .*'float9'"),
+    "unknown-dtype": (edit(lambda q: q["saved"].update(buffers={"conv_in.bias": "float9"})), "must hold config.json .*'float9'"),
     "kept-nothing": (edit(lambda q: q.update(keep={"nothing": "as asked"})), "keep must name .* got 'nothing'"),
     "mixed": (
         lambda folder, other: (folder / TENSORS).write_bytes((other / TENSORS).read_bytes()),

@@ -101,20 +101,20 @@ class TDQQuantizer(DiffusersQuantizer):
     def create_quantized_param(self, *args: Any, **_: Any) -> None:  # type: ignore[override]
         """Give the model one of these tensors. DataError: of another shape."""
         model, _rounded, path, device, tensors = args[:5]
-        owner, _, name = path.rpartition(".")
-        module, value = model.get_submodule(owner), tensors[path]
+        (module, name), value = _place(model, path), tensors[path]
         old = getattr(module, name)
         with _as_written():
             if old.shape != value.shape and not isinstance(module, TableStep):
                 raise ValueError(f"{path} must have the shape {tuple(old.shape)}, got {tuple(value.shape)}")
         new = value.to(device)
         setattr(module, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
-        self.own |= {path: value} if path in self.own else {}
+        if path in self.own:
+            self.read[path] = value
 
     def _process_model_before_weight_loading(self, model, **_):
         """The model is on the meta device: give it what the tensors to come need, or refuse before they are read."""
         del model.is_quantized, model.quantization_method  # diffusers would refuse model.to(dtype), which the kit can
-        config, self.own = self.quantization_config, {}
+        config, self.own, self.read = self.quantization_config, set(), {}
         if config.saved is None:
             quantize(model, **_how(config), search=False)
             return restore(model)
@@ -123,7 +123,7 @@ class TDQQuantizer(DiffusersQuantizer):
             for name in config.saved["levels"]:
                 layer = quantized_layers(model)[name]
                 layer.levels = torch.empty_like(layer.weight, dtype=torch.int8)
-        self.own = _added(model)  # by what is read instead, later
+        self.own = set(_added(model))
 
     def _process_model_after_weight_loading(self, model, **_):
         # What quantizes a model is said in one place, ``model.quantization``: its config would not follow.
@@ -132,14 +132,13 @@ class TDQQuantizer(DiffusersQuantizer):
         if saved is None:
             return quantize(model, **_how(self.quantization_config))
         with _as_written():
-            if (found := _sha256(self.own)) != saved["sha256"]:
+            if (found := _sha256(self.read)) != saved["sha256"]:
                 raise ValueError(f"sha256 of the step sizes must be {saved['sha256']}, got {found}; copy config.json and the "
                                  "tensors again, and load without offloading to a disk")  # fmt: skip
-            self.own.clear()
-            for name, dtype in saved["buffers"].items() if self.as_saved else ():
-                owner, _, own = name.rpartition(".")
-                module = model.get_submodule(owner)
-                setattr(module, own, getattr(module, own).to(getattr(torch, dtype)))
+            self.read.clear()
+            for path, dtype in saved["buffers"].items() if self.as_saved else ():
+                module, name = _place(model, path)
+                setattr(module, name, getattr(module, name).to(getattr(torch, dtype)))
             if saved["channels_last"]:
                 nn.Module.to(model, memory_format=torch.channels_last)
             if saved["frozen"]:
@@ -161,6 +160,11 @@ def _as_written():
 def _how(config):
     """The arguments of ``quantize``."""
     return {name: getattr(config, name) for name in (*HOW, "keep")}
+
+
+def _place(model, path):
+    owner, _, name = path.rpartition(".")
+    return model.get_submodule(owner), name
 
 
 def _added(model):

@@ -4,20 +4,26 @@ import copy
 import json
 import subprocess
 import sys
+from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, UNet2DModel
 from diffusers.quantizers import PipelineQuantizationConfig
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from safetensors.torch import load_file, save_file
+from torch.utils._pytree import tree_leaves, tree_map
 
 import tdq_utils
-from conftest import CONFIGS, build
 from tdq_utils import calibrate, freeze, full_precision, load_model, quantize, restore, sample
 from tdq_utils.denoiser.loading import fingerprint
-from tdq_utils.errors import TDQError
+from tdq_utils.errors import DataError, TDQError
 from tdq_utils.fit.layers import QuantizedLayer
 from tdq_utils.fit.quantize import METHODS, activation_quantizers, quantized_layers
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "zoo"))
+from denoisers import ZOO
 
 TDQConfig = tdq_utils.TDQConfig
 TENSORS = "diffusion_pytorch_model.safetensors"
@@ -275,14 +281,48 @@ def test_pipelines_by_a_mapping(unet, tmp_path, x):
     assert config.saved is None and same(UNet2DModel.from_pretrained(tmp_path / "again"), unet, x)
 
 
-@pytest.mark.parametrize("kind", CONFIGS, ids=lambda kind: kind.__name__)
-def test_any_class_of_model(kind, scheduler, tmp_path):
-    model = build(kind)
+@torch.no_grad()
+@pytest.mark.parametrize("family", ZOO.values(), ids=ZOO)
+def test_any_family_in_half_precision(family, tmp_path):
+    """With buffers that are not saved, modules that diffusers likes to keep in float32, inputs in lists."""
+    if not hasattr(diffusers, family.kind):
+        pytest.skip("not in this diffusers")
+    model, half = family.build(), torch.bfloat16
     quantize(model, 4, 8, "dynamic")
+    model.to(half).save_pretrained(tmp_path)
+    loaded = getattr(diffusers, family.kind).from_pretrained(tmp_path)
+    assert loaded.quantization.kept == model.quantization.kept
+    call = tree_map(lambda v: v.to(half) if isinstance(v, torch.Tensor) and v.is_floating_point() else v, family.call(2))
+    call[family.time] = torch.full((2,), family.times[1])
+    outputs = [tree_leaves(each(**call, return_dict=False)[0]) for each in (model, loaded)]
+    assert all(torch.equal(*pair) and pair[0].isfinite().all() for pair in zip(*outputs, strict=True))
+
+
+def test_other_dtypes_as_diffusers_gives_them(calibrated, tmp_path, x):
+    """torch_dtype casts the weights and buffers, not the step sizes."""
+    calibrated("table").save_pretrained(tmp_path)
+    loaded = UNet2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert loaded.dtype == torch.bfloat16
+    assert same(loaded, UNet2DModel.from_pretrained(tmp_path).to(torch.bfloat16), x.bfloat16())
+
+
+@pytest.mark.parametrize("method", ["tdq", "learned"])
+def test_a_device_map(calibrated, tmp_path, x, method):
+    model = calibrated(method)
     model.save_pretrained(tmp_path)
-    loaded = kind.from_pretrained(tmp_path)
-    assert loaded.quantization.names == model.quantization.names
-    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
+    assert same(UNet2DModel.from_pretrained(tmp_path, device_map={"": "cpu"}), model, x)
+    with pytest.raises(DataError, match="sha256 of the step .* without offloading to a disk"):
+        UNet2DModel.from_pretrained(tmp_path, device_map={"": "disk"}, offload_folder=tmp_path / "disk")
+
+
+def test_saving_where_it_came_from(calibrated, tmp_path, x):
+    calibrated("tdq").save_pretrained(tmp_path)
+    loaded = UNet2DModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        before = loaded(x, 999).sample
+    loaded.save_pretrained(tmp_path)
+    again = UNet2DModel.from_pretrained(tmp_path)
+    assert same(again, loaded, x) and torch.equal(loaded(x, 999).sample, before)
 
 
 def test_copies_save_themselves(calibrated, tmp_path, x):
@@ -330,6 +370,11 @@ def edit(change):
     return damage
 
 
+def reshape(folder, other):
+    tensors = load_file(folder / TENSORS)
+    save_file(tensors | {"conv_in.bias": torch.zeros(9)}, folder / TENSORS, metadata={"format": "pt"})
+
+
 def first_layer(settings):
     return next(iter(settings["saved"]["layers"].values()))
 
@@ -346,6 +391,7 @@ DAMAGE = {
         lambda folder, other: (folder / TENSORS).write_bytes((other / TENSORS).read_bytes()),
         "sha256 of the step",
     ),
+    "other-shape": (reshape, r"conv_in.bias must have the shape \(8,\), got \(9,\)"),
     "not-quantized": (
         lambda folder, other: (folder / TENSORS).write_bytes((other.parent / "float" / TENSORS).read_bytes()),
         "tensors are missing, .* copy the whole folder",

@@ -66,9 +66,11 @@ class TDQConfig(QuantizationConfigMixin):
         self.keep = self.keep if self.keep is None or isinstance(self.keep, (str, dict)) else list(self.keep)
         checked_grid(self.weights, self.activations, self.method, self.weights_per)
 
-    def to_diff_dict(self) -> dict[str, Any]:
-        """All of it, for ``print``."""
-        return self.to_dict()
+    def to_dict(self) -> dict[str, Any]:
+        """All but ``saved``: for ``print``, and for what some versions of diffusers tell the hub in a header."""
+        return {name: value for name, value in vars(self).items() if name != "saved"}
+
+    to_diff_dict = to_dict
 
 
 class TDQQuantizer(DiffusersQuantizer):
@@ -80,11 +82,8 @@ class TDQQuantizer(DiffusersQuantizer):
     is_trainable: bool = True
 
     def update_torch_dtype(self, torch_dtype: Any) -> Any:
-        """As asked; ``None``: each tensor comes as it was saved. DataError: in another version of the format."""
-        saved, self.as_saved = self.quantization_config.saved, torch_dtype is None
-        with _as_written():
-            if saved is not None and saved["format"] != FORMAT:
-                raise ValueError(f"format must be {FORMAT}, got {saved['format']}; save it with this version")
+        """As asked; ``None``: each tensor comes as it was saved."""
+        self.as_saved = torch_dtype is None and self.quantization_config.saved is not None
         return torch_dtype
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
@@ -96,7 +95,7 @@ class TDQQuantizer(DiffusersQuantizer):
 
     def check_if_quantized_param(self, model: Any, param_value: Any, param_name: str, state_dict: Any, **_: Any) -> bool:
         """Whether a tensor is to come as it was saved. Step sizes always are: diffusers would round them to the model's dtype."""
-        return param_name in self.own or (self.as_saved and self.quantization_config.saved is not None)
+        return self.as_saved or param_name in self.own
 
     def create_quantized_param(self, *args: Any, **_: Any) -> None:  # type: ignore[override]
         """Give the model one of these tensors. DataError: of another shape."""
@@ -119,6 +118,8 @@ class TDQQuantizer(DiffusersQuantizer):
             quantize(model, **_how(config), search=False)
             return restore(model)
         with _as_written():
+            if config.saved["format"] != FORMAT:
+                raise ValueError(f"format must be {FORMAT}, got {config.saved['format']}; save it with this version")
             rebuild(model, config.saved | _how(config), defaultdict(lambda: torch.zeros(1)))
             for name in config.saved["levels"]:
                 layer = quantized_layers(model)[name]
@@ -182,7 +183,7 @@ def _sha256(tensors):
 
 
 def _described(model):
-    """The :class:`TDQConfig` of a quantized model, as it is by now."""
+    """The arguments of the :class:`TDQConfig` of a quantized model, as it is by now."""
     state = model.state_dict()
     if any(value.is_meta for value in state.values()):
         raise TDQError("A model must be in memory to be saved; this one is offloaded. Call pipe.remove_all_hooks() first.")
@@ -194,7 +195,7 @@ def _described(model):
         buffers={name: str(value.dtype).removeprefix("torch.") for name, value in buffers.items()},
         sha256=_sha256(_added(model)),
     )
-    return TDQConfig(**how, saved=saved)
+    return how | dict(quant_method="tdq", saved=saved)
 
 
 def _describing(plain):

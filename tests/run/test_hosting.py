@@ -355,6 +355,16 @@ def test_bad_configurations_are_refused_at_once(options, message):
         TDQConfig(**options)
 
 
+def test_configurations_print_and_compare(calibrated, tmp_path):
+    """Without what was saved: printed, and in a header sent to the hub, it would be long."""
+    assert TDQConfig(weights=4) == TDQConfig(weights=4) != TDQConfig(weights=5)
+    assert '"method": "tdq"' in repr(TDQConfig()) and '"quant_method": "tdq"' in TDQConfig().to_json_string()
+    assert TDQConfig(keep=iter(["conv_in"])).keep == ["conv_in"]
+    calibrated("tdq").save_pretrained(tmp_path)
+    config = TDQConfig.from_dict(config_of(tmp_path)["quantization_config"])
+    assert config.saved and len(json.dumps(config.to_dict())) < 1000
+
+
 def test_what_only_the_model_can_tell_is_refused_before_weights_are_read(folder, monkeypatch):
     monkeypatch.setattr(UNet2DModel, "_load_pretrained_model", None)
     with pytest.raises(TDQError, match=r"keep must name conv or linear layers .* got 'nothing\.\*'"):

@@ -19,13 +19,14 @@ from tdq_utils.method.generator import FourierFeatures, RawTime, StepGenerator
 from tdq_utils.method.grid import Grid, fake_quantize, mse_step, squared_error
 from tdq_utils.method.rules import RULES
 from tdq_utils.method.step_sizes import StaticStep
+from tdq_utils.run import plugin
 from tdq_utils.run.integer import to_integer
 from tdq_utils.run.storage import load_quantized, save_quantized
 
 # What needs torchmetrics, onnx, matplotlib or pandas is imported when it is first used: name, or name:module, by wing.
 _HEAVY = {
     "lab": "bench compare:tables.quickstart fid load_images:datasets reproduce tables",
-    "run": "onnx",
+    "run": "TDQConfig:hosting onnx",
     "show": "NAMES:tables headline:tables plots profile_plots result_plots significant:tables styled:tables widgets",
 }
 _HOMES = {name: (wing, *home) for wing, names in _HEAVY.items() for name, *home in (entry.split(":") for entry in names.split())}

@@ -74,13 +74,9 @@ def quantize(model: Any, weights: int | None = 8, activations: int | None = 8, m
     """
     if hasattr(model, "quantization"):
         raise TDQError("quantize takes a full-precision model; this one is quantized already. Call restore(model) first.")
-    if method not in METHODS:
-        raise TDQError(f"method must be one of {', '.join(METHODS)}; got {method!r}.")
-    if weights_per not in ("channel", "tensor"):
-        raise TDQError(f"weights_per must be 'channel' or 'tensor'; got {weights_per!r}.")
+    grid = checked_grid(weights, activations, method, weights_per)
     time_argument(model)
     chosen, kept = chosen_layers(model, keep)
-    grid, _ = (None if bits is None else Grid(bits) for bits in (weights, activations))  # wrong bits are refused before any work
     splits = skip_splits(model) if split_skips else {}
     added = {}
     for name, layer in chosen.items():
@@ -97,6 +93,16 @@ def quantize(model: Any, weights: int | None = 8, activations: int | None = 8, m
         weights, activations, method, weights_per, kept, split_skips, keep is not None, list(chosen), found=found
     )
     _put_on(model, added)
+
+
+def checked_grid(weights: int | None, activations: int | None, method: str, weights_per: str) -> Grid | None:
+    """The grid of the weights, from what :func:`quantize` takes. TDQError: it would refuse one of these."""
+    if method not in METHODS:
+        raise TDQError(f"method must be one of {', '.join(METHODS)}; got {method!r}.")
+    if weights_per not in ("channel", "tensor"):
+        raise TDQError(f"weights_per must be 'channel' or 'tensor'; got {weights_per!r}.")
+    grid, _ = (None if bits is None else Grid(bits) for bits in (weights, activations))
+    return grid
 
 
 def _new_quantizer(layer, bits, method, split):

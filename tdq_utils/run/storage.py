@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,11 +33,8 @@ def save_quantized(model: Any, folder: str | Path, packed: bool = False) -> None
     state = checked_state(model)
     if packed and state.weights is None:
         raise TDQError("packed needs weights on a grid; this model's are in full precision. Quantize them, or pass packed=False.")
-    settings: dict[str, Any] = {name: getattr(state, name) for name in (*HOW, "frozen", "visited")} | dict(
-        format=FORMAT, model=type(model).__name__, config={k: v for k, v in model.config.items() if not k.startswith("_")},
-        channels_last=any(p.dim() == 4 and not p.is_contiguous() for p in model.parameters()),  # decides in which order sums go
-        keep=state.kept, packed=packed, layers={name: _describe(q) for name, q in activation_quantizers(model).items()},
-    )  # fmt: skip
+    config = {k: v for k, v in model.config.items() if not k.startswith("_")}
+    settings = describe(model) | dict(model=type(model).__name__, config=config, packed=packed)
     tensors, seen = {}, set()
     for name, tensor in model.state_dict().items():
         if not name.endswith(".rounded"):  # they follow from the weights and their steps
@@ -49,6 +47,17 @@ def save_quantized(model: Any, folder: str | Path, packed: bool = False) -> None
             tensors.pop(f"{name}.levels", None)
             tensors[f"{name}.packed"] = pack(layer.weight_levels(), settings["weights"])
     _write(Path(folder), tensors, settings)
+
+
+def describe(model: Any) -> dict[str, Any]:
+    """JSON for how a model is quantized, less the tensors. TDQError: it is not."""
+    state = checked_state(model)
+    return {name: getattr(state, name) for name in (*HOW, "asked", "frozen", "visited")} | dict(
+        format=FORMAT,
+        keep=state.kept,
+        channels_last=any(p.dim() == 4 and not p.is_contiguous() for p in model.parameters()),  # decides in which order sums go
+        layers={name: _describe(quantizer) for name, quantizer in activation_quantizers(model).items()},
+    )
 
 
 def _write(folder, tensors, settings):
@@ -119,22 +128,27 @@ def _build(settings, tensors):
         model = getattr(diffusers, settings["model"]).from_config(settings["config"]).eval().requires_grad_(False)
     model._apply(lambda v: torch.zeros_like(v, device="cpu") if v.is_meta else v)
     model.to(memory_format=torch.channels_last if settings["channels_last"] else torch.contiguous_format)
-    quantize(model, **{name: settings[name] for name in HOW}, keep=list(settings["keep"]), search=False)
-    model.quantization.kept |= settings["keep"] if isinstance(settings["keep"], dict) else {}  # with the reasons
-    model.quantization.visited = settings.get("visited", [])
+    rebuild(model, settings, tensors)
     for name, layer in quantized_layers(model).items():
         if settings.get("packed"):
             tensors[f"{name}.levels"] = unpack(tensors.pop(f"{name}.packed"), layer.weight.shape)
             layer.weight_step = tensors[f"{name}.weight_step"]
             tensors[f"{name}.weight"] = tensors[f"{name}.levels"] * layer.spread_weight_step()
         layer.levels = tensors.get(f"{name}.levels")
-    places = {module: place for place, module in model.named_modules()}
-    for name, quantizer in activation_quantizers(model).items():
-        _rebuild(quantizer, settings["layers"][name], tensors, places[quantizer])
     model.load_state_dict(tensors)
     if settings["frozen"]:
         round_weights(model)
     return model
+
+
+def rebuild(model: Any, settings: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Quantize a model as :func:`describe` says, still without the values; of ``tensors``, tables take their length."""
+    quantize(model, **{name: settings[name] for name in HOW}, keep=list(settings["keep"]), search=False)
+    model.quantization.kept |= settings["keep"] if isinstance(settings["keep"], dict) else {}  # with the reasons
+    model.quantization.visited, model.quantization.asked = settings.get("visited", []), settings.get("asked", True)
+    places = {module: place for place, module in model.named_modules()}
+    for name, quantizer in activation_quantizers(model).items():
+        _rebuild(quantizer, settings["layers"][name], tensors, places[quantizer])
 
 
 def _describe(quantizer):

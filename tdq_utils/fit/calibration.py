@@ -18,10 +18,18 @@ from tdq_utils.errors import TDQError, check
 from tdq_utils.fit import reconstruction
 from tdq_utils.fit.calibration_set import CalibrationSet, check_eval, check_made_by, skewed_density
 from tdq_utils.fit.loop import descend
-from tdq_utils.fit.quantize import DYNAMIC, activation_quantizers, checked_state, full_precision, keep_too, quantized_layers
+from tdq_utils.fit.quantize import (
+    DYNAMIC,
+    activation_quantizers,
+    checked_state,
+    dynamic_step,
+    full_precision,
+    keep_too,
+    quantized_layers,
+)
 from tdq_utils.method.generator import StepGenerator, unit_of
 from tdq_utils.method.grid import mse_step, squared_error
-from tdq_utils.method.step_sizes import DynamicStep, LearnedStep, StaticStep, StepSize, TableStep
+from tdq_utils.method.step_sizes import LearnedStep, StaticStep, StepSize, TableStep
 
 OPTIONS = dict(iterations="count", rate="positive", momentum="share", follow="share", percentile="percent")
 
@@ -66,8 +74,9 @@ def calibrate(model: nn.Module, scheduler: Any = None, seeds: int | Iterable[int
         profile = profile or profile_set(model, source)
         keep_too(model, profile.carries_t, "measured: gets one vector a sample, so t or pooled conditions")
         _choose(model, CHOOSERS["mse" if skewed else method], profile, shifted, progress, options)
-    for quantizer in activation_quantizers(model).values() if method in DYNAMIC else ():
-        quantizer.step = DynamicStep(DYNAMIC[method]).eval()
+    for layer in quantized_layers(model).values() if method in DYNAMIC and state.activations is not None else ():
+        for quantizer in getattr(layer.activation, "halves", [layer.activation]):
+            quantizer.step = dynamic_step(layer, method).eval()
     state.method = method
     if reconstruct != "input":
         reconstruction.refine(model, source, reconstruct, progress=progress)

@@ -36,7 +36,8 @@ class ActivationQuantizer(nn.Module):
             raise TDQError("A quantized model must be calibrated before it runs; call calibrate(model, scheduler, ...).")
         if isinstance(self.step, DynamicStep):
             half = 2 ** (self.bits - 1)
-            return on_levels(x, *self.step.interval(x, -half, half - 1)).to(x.dtype)
+            x_hat = on_levels(x.detach(), *self.step.interval(x, -half, half - 1)).to(x.dtype)
+            return x_hat + (x - x.detach()) if x.requires_grad and torch.is_grad_enabled() else x_hat  # straight-through
         if t is None and self.step.over_time:
             raise TDQError("A layer whose interval follows t must know the call that it is in; got none. Call the model itself, "
                            "not its forward or a part of it, and turn gradient checkpointing off "

@@ -20,7 +20,7 @@ from tdq_utils.method.grid import Grid
 from tdq_utils.method.step_sizes import DynamicStep, StaticStep, StepSize, TableStep
 
 CALIBRATED = ("minmax", "momentum", "percentile", "mse", "ptq4dm", "learned", "table", "tdq")
-DYNAMIC = {"dynamic": "tensor", "dynamic-sample": "sample"}
+DYNAMIC = {"dynamic": "tensor", "dynamic-sample": "sample", "dynamic-token": "token"}
 METHODS = (*CALIBRATED, *DYNAMIC)
 
 
@@ -62,7 +62,8 @@ def quantize(model: Any, weights: int | None = 8, activations: int | None = 8, m
         model: a diffusers denoiser, called with a sample and a time step.
         weights, activations: bits, 2 to 8, or ``None`` for full precision.
         method: ``"minmax"``, ``"momentum"``, ``"percentile"``, ``"mse"``, ``"ptq4dm"`` or ``"learned"`` (static),
-            ``"table"`` (one value a step), ``"tdq"`` (generator), ``"dynamic"`` (per tensor), ``"dynamic-sample"``.
+            ``"table"`` (one value a step), ``"tdq"`` (generator), ``"dynamic"`` (per tensor), ``"dynamic-sample"``,
+            ``"dynamic-token"`` (of convolutions, which have none, per sample).
         keep: dotted names or patterns (``"mid_block.*"``) of layers to leave in full precision; default: :func:`kept_layers`.
             What cannot be quantized (subclasses, computed weights) is left, too; ``model.quantization.kept`` says why.
         weights_per: ``"channel"`` (output channel) or ``"tensor"``. split_skips: give the two halves of a concatenated skip
@@ -108,9 +109,14 @@ def checked_grid(weights: int | None, activations: int | None, method: str, weig
 def _new_quantizer(layer, bits, method, split):
     if bits is None:
         return None
-    halves = [ActivationQuantizer(bits, step=DynamicStep(DYNAMIC[method]) if method in DYNAMIC else None) for _ in range(2)]
+    halves = [ActivationQuantizer(bits, step=dynamic_step(layer, method) if method in DYNAMIC else None) for _ in range(2)]
     quantizer = halves[0] if split is None else SplitQuantizer(split, halves)
     return quantizer if layer.weight.is_meta else quantizer.to(layer.weight.device)
+
+
+def dynamic_step(layer: nn.Module, method: str) -> DynamicStep:
+    """Where a layer's step sizes come from in one of the methods ``DYNAMIC``."""
+    return DynamicStep("sample" if method == "dynamic-token" and not isinstance(layer, nn.Linear) else DYNAMIC[method])
 
 
 def _put_on(model, added):

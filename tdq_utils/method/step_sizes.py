@@ -1,5 +1,6 @@
 """Where the step size of an activation quantizer comes from: a constant, the tensor at hand, a table over t."""
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
@@ -91,7 +92,10 @@ class LearnedStep(StepSize):
 
 
 class DynamicStep(StepSize):
-    """The min-max step of the tensor at hand, ``per`` ``"tensor"`` or ``"sample"``. Costs time at every call."""
+    """The min-max step of the tensor at hand, ``per`` ``"tensor"``, ``"sample"`` (first axis) or ``"token"`` (all but the last).
+
+    Costs time at every call.
+    """
 
     def __init__(self, per: str = "tensor"):
         super().__init__()
@@ -108,12 +112,13 @@ class DynamicStep(StepSize):
         and greatest level, counted from the value 0; shapes that broadcast to ``x``. All in tensors: nothing waits for a
         device, and a compiler sees one graph.
         """
-        least, greatest = x.detach().reshape(1 if self.per == "tensor" else len(x), -1).float().aminmax(dim=1)
+        shape: Sequence[int] = {"tensor": (), "sample": x.shape[:1], "token": x.shape[:-1]}[self.per]
+        least, greatest = x.detach().reshape(math.prod(shape), -1).float().aminmax(dim=1)
         symmetric = (least < SILU_MIN - 1e-3) | ((least < 0) & (greatest < -2 * SILU_MIN))
         low, levels = torch.where(least < 0, SILU_MIN, 0.0), above - below
         s = torch.where(symmetric, torch.maximum(least / below, greatest / above), (greatest - low) / levels).clamp_min(1e-8)
         zero = torch.where(symmetric, -below, (-low / s).round().clamp(max=levels))
-        s, bottom, top = (v.view(-1, *[1] * (x.dim() - 1)) for v in (s, -zero, levels - zero))
+        s, bottom, top = (v.view(*(shape or (1,)), *[1] * (x.dim() - max(1, len(shape)))) for v in (s, -zero, levels - zero))
         return s, bottom, top
 
 

@@ -99,11 +99,13 @@ class IntegerConv2d(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Floats: what the simulated layer gives, but for the last bits of its sums."""
-        q, s, zero = self.quantizer.levels(x)
+        return self._product(*self.quantizer.levels(x))
+
+    def _product(self, q, s, zero):
         if s.numel() == 1:
             return self._kernel(q, s.reshape(()), zero.reshape(()), self.bias)
         # The kernel takes one interval. sum w s (q - zero) = s (sum w q - zero sum w), and the last sum knows the border.
-        one, none = torch.ones((), device=x.device), torch.zeros((), dtype=torch.int32, device=x.device)
+        one, none = torch.ones((), device=q.device), torch.zeros((), dtype=torch.int32, device=q.device)
         sums = self._kernel(torch.ones_like(q[:1]), one, none, None)
         out = (self._kernel(q, one, none, None) - zero * sums) * s
         return out if self.bias is None else out + self.bias.view(-1, 1, 1)
@@ -119,5 +121,6 @@ class IntegerLinear(IntegerConv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Floats ``"batch ... out"`` for floats ``"batch ... in"``."""
-        pixels = x.reshape(len(x), 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # channels last, as it lies in memory
-        return super().forward(pixels).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+        pixels = lambda v: v.reshape(len(x), 1, -1, v.shape[-1]).permute(0, 3, 1, 2)  # noqa: E731  channels last, as they lie
+        levels = (v if v.numel() == 1 else pixels(v) for v in self.quantizer.levels(x))
+        return self._product(*levels).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)

@@ -1,14 +1,15 @@
 """Quantized layers against their definition: put on and taken off in place."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from tdq_utils import quantize
+from tdq_utils import quantize, quantized_layers
 from tdq_utils.errors import TDQError
 from tdq_utils.fit.layers import ActivationQuantizer, attach, detach, search_weight_step
 from tdq_utils.method.grid import Grid, fake_quantize
-from tdq_utils.method.step_sizes import StaticStep
+from tdq_utils.method.step_sizes import DynamicStep, StaticStep
 
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 4), (2, 5, 6)),
@@ -55,3 +56,29 @@ def test_a_call_without_a_time_step():
     assert model(torch.zeros(2, 4), 3).shape == (2, 4)
     with pytest.raises(TDQError, match=r"must be told the time step; got none. Call model\(sample, timestep\)"):
         model(torch.zeros(2, 4))
+
+
+def at_hand(per, x):
+    return ActivationQuantizer(4, step=DynamicStep(per))(x, None)
+
+
+def test_an_interval_a_token(text_unet):
+    """Each token of a linear layer has the interval of its own values; a convolution, which has none, that of its sample."""
+    quantize(text_unet, 8, 4, "dynamic-token")
+    kinds = {type(layer).__name__: layer.activation for layer in quantized_layers(text_unet).values()}
+    assert kinds["QuantizedLinear"].step.per == "token" and kinds["QuantizedConv2d"].step.per == "sample"
+    x = torch.randn(2, 3, 16)
+    x[0, 0] *= 100  # an outlier, which ruins the interval of its tensor, not those of the other tokens
+    together = kinds["QuantizedLinear"](x, None)
+    for i, j in np.ndindex(2, 3):
+        assert torch.equal(together[i, j], kinds["QuantizedLinear"](x[i : i + 1, j : j + 1], None)[0, 0])
+    assert together[1].unique().numel() > 10 > at_hand("tensor", x)[1].unique().numel()
+
+
+def test_dynamic_intervals_let_gradients_through():
+    x = torch.randn(2, 3, 16, requires_grad=True)
+    for per in ("tensor", "sample", "token"):
+        x_hat = at_hand(per, x)
+        assert torch.equal(x_hat, at_hand(per, x.detach()))
+        (gradient,) = torch.autograd.grad(x_hat.sum(), x)
+        assert (gradient == 1).all()

@@ -38,6 +38,9 @@ def time_argument(model: nn.Module) -> str:
     """The name of the argument that carries the time step. TDQError: ``forward`` has none."""
     names = inspect.signature(model.forward).parameters
     found = next((name for name in TIME if name in names), None)
+    if hasattr(model, "_orig_mod"):
+        raise TDQError("A model must be given as it is, not in the wrapper of torch.compile; got an OptimizedModule. Pass what "
+                       "it wraps, model._orig_mod: a pipeline may keep the wrapper.")  # fmt: skip
     if found is None:
         raise TDQError(f"A denoiser takes the time step as one of {', '.join(TIME)}; {type(model).__name__}.forward takes "
                        f"{', '.join(names)}. Wrap it in a module whose forward does.")  # fmt: skip

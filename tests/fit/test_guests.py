@@ -11,7 +11,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_sub
 from diffusers.hooks import apply_group_offloading
 from torch import nn
 
-from tdq_utils import calibrate, freeze, full_precision, quantize, quantized_layers, restore, sample
+from tdq_utils import calibrate, freeze, full_precision, quantize, quantized_layers, record, restore, sample
 from tdq_utils.errors import TDQError
 from tdq_utils.fit.layers import QuantizedLayer
 
@@ -247,3 +247,61 @@ def test_half_precision(unet, scheduler, profile, x, dtype):
     restore(unet)
     clean = unet(x, 999).sample
     assert 0 < (out - clean).abs().mean() < 0.3 * clean.abs().mean()
+
+
+@pytest.mark.parametrize("guest", GUESTS.values(), ids=GUESTS)
+def test_a_model_under_hooks_is_recorded_all_the_same(unet, scheduler, guest):
+    with record(unet) as alone:
+        clean = sample(unet, scheduler, **HOW)
+    guest(unet)
+    with record(unet) as recorded:
+        assert torch.equal(sample(unet, scheduler, **HOW), clean)
+    assert recorded.t == alone.t and (recorded.profile.counts == alone.profile.counts).all()
+    quantize(unet, 8, 5, "table")
+    calibrate(unet, profile=recorded.profile, progress=False)
+    assert not torch.equal(sample(unet, scheduler, **HOW), clean)
+
+
+def outputs(model, x):
+    with torch.no_grad():
+        return torch.stack([model(x, t).sample for t in (999, 749, 499, 249)])
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["compiled first", "quantized first"])
+def test_a_compiled_model_follows_t(calibrated, x, first):
+    """No interval of a t that was seen while compiling stays in the graph, and no graph of before the quantizers is run."""
+    expected = outputs(calibrated, x)
+    with full_precision(calibrated):
+        clean = outputs(calibrated, x)
+        if first:
+            calibrated.compile(backend="eager")
+            assert torch.equal(outputs(calibrated, x), clean)
+    if not first:
+        calibrated.compile(backend="eager")
+    assert torch.equal(outputs(calibrated, x), expected) and not torch.equal(expected, clean)
+    freeze(calibrated)
+    assert torch.equal(outputs(calibrated, x), expected)
+    restore(calibrated)
+    assert torch.equal(outputs(calibrated, x), clean)
+
+
+def test_the_wrapper_of_torch_compile_is_refused_with_the_way_out(unet):
+    for refused in (lambda: quantize(torch.compile(unet)), lambda: record(torch.compile(unet)).__enter__()):
+        with pytest.raises(TDQError, match=r"got an OptimizedModule. Pass what it wraps, model\._orig_mod"):
+            refused()
+
+
+def test_two_models_that_share_a_trajectory_are_recorded_each_at_its_t(unet):
+    """As in Wan 2.2: one at high noise, one at low."""
+    high, low, x = unet, copy.deepcopy(unet), torch.randn(2, 1, 8, 8)
+    with record(high) as early, record(low) as late, torch.no_grad():
+        for t in (999, 749, 499, 249):
+            (high if t > 500 else low)(x, t)
+    assert (early.t, late.t) == ([999, 749], [499, 249])
+    for model, recorded in ((high, early), (low, late)):
+        quantize(model, 8, 5, "table")
+        calibrate(model, profile=recorded.profile, progress=False)
+        freeze(model)
+        with pytest.raises(TDQError, match="t must be one of them"):
+            model(x, 10)
+    assert high(x, 999).sample.isfinite().all() and low(x, 249).sample.isfinite().all()

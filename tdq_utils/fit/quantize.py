@@ -154,7 +154,7 @@ def _check_path(model, args):
         raise TDQError(
             f"A quantized model must keep its layers; it had {had} conv and linear ones, now {has}. Projections that are fused, "
             "or an adapter: call restore(model), then pipe.fuse_qkv_projections() or pipe.fuse_lora() and "
-            "pipe.unload_lora_weights(), then quantize."
+            "pipe.unload_lora_weights(), then model.eval(), then quantize."
         )
 
 

@@ -25,11 +25,11 @@ def needing(name):
     )
 
 
-def recorded_run(how, **built):
+def recorded_run(how, scheduler=None, steps=STEPS):
     """A pipeline, what it makes, and its recording."""
-    pipe, model = how.build(**built)
+    pipe, model = how.build(scheduler)
     with tdq.record(model, inputs=2) as recorded:
-        clean = how.run(pipe)
+        clean = how.run(pipe, steps)
     return SimpleNamespace(
         how=how, pipe=pipe, model=model, clean=clean, recorded=recorded, run=lambda *args: how.run(pipe, *args)
     )
@@ -106,7 +106,6 @@ def test_half_precision_finds_its_time_steps(name):
     case.pipe.to(torch.bfloat16)  # which may round t, after the recording
     assert torch.isfinite(case.run().float()).all()
     tdq.restore(case.model)
-
     with tdq.record(case.model) as case.recorded:  # or before it
         clean = case.run()
     quantized = calibrated(case).run()
@@ -115,6 +114,14 @@ def test_half_precision_finds_its_time_steps(name):
     assert torch.equal(case.run(), quantized)
     tdq.restore(case.model)
     assert torch.equal(case.run(), clean)
+
+
+@pytest.mark.parametrize("name", map(needing, ["Flux"]))
+def test_many_steps_are_told_apart_in_half_precision(name):
+    case = recorded_run(HOSTED[name], steps=20)  # t = 150 is rounded to half precision, then divided by 1000 and rounded again
+    calibrated(case, weights=None)
+    case.pipe.to(torch.bfloat16)
+    assert torch.isfinite(case.run(20).float()).all()
 
 
 @pytest.mark.parametrize("name", map(needing, ["Flux", "Z-Image", "SVD"]))
@@ -207,11 +214,22 @@ def test_what_does_not_fit_the_pipeline_is_refused(case):
     assert torch.isfinite(case.run()).all()
 
 
-@pytest.mark.parametrize("name", map(needing, ["Stable Diffusion"]))
-def test_projections_fused_afterwards_are_refused(name):
+@pytest.mark.parametrize("name", map(needing, ["Stable Diffusion", "SD 3", "Flux"]))
+def test_projections_are_fused_before_they_are_quantized(name):
     case = calibrated(recorded_run(HOSTED[name]), weights=None)
-    case.pipe.fuse_qkv_projections(vae=False)
+    case.model.fuse_qkv_projections()
     with pytest.raises(TDQError, match=r"must keep its layers; .* restore\(model\).* model.eval\(\)"):
+        case.run()
+    tdq.restore(case.model)
+    case.model.eval()  # diffusers makes fused layers in training mode
+    with tdq.record(case.model) as case.recorded:
+        case.run()
+    kept = calibrated(case).model.quantization.kept
+    idle = {name.rpartition(".")[2] for name, reason in kept.items() if reason.startswith("does not run")}
+    assert {"to_q", "to_k", "to_v"} <= idle <= {"to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"}
+    assert unchanged(case.model, case.run) == []
+    case.model.unfuse_qkv_projections()
+    with pytest.raises(TDQError, match="must stay fused|must keep its layers"):
         case.run()
 
 

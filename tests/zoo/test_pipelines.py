@@ -1,4 +1,4 @@
-"""The contract on other people's models, in their own pipelines of diffusers, by the public functions alone."""
+"""The contract on other people's models, in their own pipelines of diffusers: recorded, quantized, frozen, saved, restored."""
 
 import sys
 from functools import cache
@@ -12,6 +12,7 @@ from diffusers.utils import is_transformers_available
 
 import tdq_utils as tdq
 from tdq_utils import TDQError
+from tdq_utils.fit.reconstruction import refine
 
 sys.path.insert(0, str(Path(__file__).parent))
 from denoisers import unchanged
@@ -97,6 +98,15 @@ def test_the_kept_calls_calibrate(case):
     tdq.quantize(case.model, None, 8, "mse")
     tdq.calibrate(case.model, data=case.recorded.inputs, progress=False)
     assert torch.isfinite(case.run()).all()
+
+
+@pytest.mark.parametrize("name", map(needing, ["DiT", "Z-Image", "Qwen-Image"]))
+def test_the_kept_calls_serve_reconstruction(case):
+    tdq.quantize(case.model, 4, 4, "tdq")
+    tdq.calibrate(case.model, profile=case.recorded.profile, progress=False, iterations=1)
+    before = case.run()
+    refine(case.model, case.recorded.inputs, "noise", iterations=2, progress=False)
+    assert torch.isfinite(case.run()).all() and not torch.equal(case.run(), before)
 
 
 @each_family

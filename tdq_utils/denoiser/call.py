@@ -116,10 +116,15 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def prediction(output: Any) -> torch.Tensor:
-    """The tensor that a denoiser predicts, from what it returned: an object with ``sample``, a tuple, or the tensor itself."""
-    if isinstance(output, torch.Tensor):
-        return output
-    return output.sample if hasattr(output, "sample") else output[0]
+    """The tensor that a denoiser predicts, from what it returned: an object with ``sample``, a tuple, or the tensor itself.
+
+    A list of samples, as from Z-Image, is stacked, ``"batch ..."``; of samples that differ in shape, all values in a row.
+    """
+    found = output if isinstance(output, torch.Tensor) else output.sample if hasattr(output, "sample") else output[0]
+    if isinstance(found, torch.Tensor):
+        return found
+    alike = len({one.shape for one in found}) == 1
+    return torch.stack(list(found)) if alike else torch.cat([one.flatten() for one in found])
 
 
 def follow(model: nn.Module) -> list[RemovableHandle]:

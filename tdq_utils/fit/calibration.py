@@ -135,7 +135,8 @@ def profile_set(model: nn.Module, data: CalibrationSet | Calls, batch_size: int 
 def _choose(model, chooser, profile, shifted, progress, options):
     state, quantizers = checked_state(model), activation_quantizers(model)
     if missing := set(quantizers) - set(profile.layers):
-        raise TDQError(f"profile must hold every quantized layer; {len(missing)} are missing, {min(missing)} among them.")
+        raise TDQError(f"profile must hold every quantized layer; {len(missing)} are missing, {min(missing)} among them. Record "
+                       "all that run, and name those that do not: quantize(model, keep=[*kept_layers(model), ...]).")  # fmt: skip
     problems = {name: _Problem(profile, name, state.activations, shifted) for name in quantizers}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.get("seed", 0))  # of weights and dropout

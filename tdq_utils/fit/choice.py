@@ -18,6 +18,9 @@ CONDITIONING = ("diffusers.models.embeddings", "diffusers.models.normalization")
 # img_mod, adaLN_modulation, double_stream_modulation_img, time_proj, time_emb_proj, t_embedder, ...
 CARRIES_T = re.compile(r"(^|[._])(time_emb\w*|time_proj|time_mlp|t_embedder|\w*mod|\w*modulation\w*)(\.|$)", re.IGNORECASE)
 
+FUSED = dict(to_qkv=("to_q", "to_k", "to_v"), to_kv=("to_k", "to_v"), to_added_qkv=("add_q_proj", "add_k_proj", "add_v_proj"))
+BYPASSED = "does not run: fused with its neighbours"
+
 
 def kept_layers(model: nn.Module) -> dict[str, str]:
     """The layers that the paper keeps in full precision, found by structure: ``{name: reason}``.
@@ -48,6 +51,7 @@ def chosen_layers(model: nn.Module, keep: str | Iterable[str] | None) -> tuple[d
         if not asked:
             raise TDQError(f"keep must name conv or linear layers of the model, or match some; got {pattern!r}.")
         kept |= asked
+    kept |= dict.fromkeys(_bypassed(model), BYPASSED)
     kept |= {name: reason for name, layer in everything.items() if name not in kept and (reason := _cannot(name, layer))}
     chosen = {name: layer for name, layer in everything.items() if name not in kept}
     if not chosen:
@@ -57,6 +61,12 @@ def chosen_layers(model: nn.Module, keep: str | Iterable[str] | None) -> tuple[d
             if not layer.weight.is_meta and not torch.isfinite(layer.weight.float()).all():
                 raise TDQError(f"Weights must be finite; {name} holds NaN or infinity. Load the model again.")
     return chosen, {name: kept[name] for name in everything if name in kept}
+
+
+def _bypassed(model):
+    """Projections of attention that diffusers has fused into one layer, which runs instead."""
+    fused = {name: module for name, module in model.named_modules() if getattr(module, "fused_projections", False)}
+    return [f"{name}.{part}" for name, module in fused.items() for one in FUSED if hasattr(module, one) for part in FUSED[one]]
 
 
 def _cannot(name, layer):

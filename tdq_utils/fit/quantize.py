@@ -14,7 +14,7 @@ from tdq_utils.denoiser.loading import weights_at_hand
 from tdq_utils.denoiser.sampling import timesteps
 from tdq_utils.errors import TDQError
 from tdq_utils.fit import layers
-from tdq_utils.fit.choice import LAYERS, chosen_layers, skip_splits
+from tdq_utils.fit.choice import BYPASSED, LAYERS, chosen_layers, skip_splits
 from tdq_utils.fit.layers import ActivationQuantizer, QuantizedLayer, SplitQuantizer
 from tdq_utils.method.grid import Grid
 from tdq_utils.method.step_sizes import DynamicStep, StaticStep, StepSize, TableStep
@@ -124,7 +124,9 @@ def _put_on(model, added):
         layer = model.get_submodule(name)
         layers.attach(layer, **parts)
         layer.train(layer.training)
+    idle = [model.get_submodule(name) for name, reason in model.quantization.kept.items() if reason == BYPASSED]
     model.quantization.handles = [*follow(model), model.register_forward_pre_hook(_check_path)]
+    model.quantization.handles += [layer.register_forward_pre_hook(_check_idle) for layer in idle]
 
 
 def _take_off(model):
@@ -153,7 +155,13 @@ def _check_path(model, args):
     if had != has:
         raise TDQError(f"A quantized model must keep its layers; it had {had} conv and linear ones, now {has}. Fused projections "
                        "or an adapter: call restore(model), then pipe.fuse_qkv_projections() or pipe.fuse_lora() and "
-                       "pipe.unload_lora_weights(), then quantize.")  # fmt: skip
+                       "pipe.unload_lora_weights(), then model.eval() and quantize.")  # fmt: skip
+
+
+def _check_idle(layer, args):
+    """A hook on a layer that was left in full precision because it does not run."""
+    raise TDQError(f"Fused projections must stay fused while the model is quantized; {layer} runs again. Fuse them, or load the "
+                   "model again and quantize it without pipe.fuse_qkv_projections().")  # fmt: skip
 
 
 def checked_state(model: Any) -> Quantization:

@@ -11,7 +11,8 @@ from torch import nn
 from tdq_utils.errors import TDQError
 from tdq_utils.method.grid import SILU_MIN, Grid
 
-HALF_PRECISION = 2.0**-8  # bfloat16 holds a number to this part of itself: 999 as 1000, 749.25 as 748
+# bfloat16 holds a number to 2^-8 of itself, 999 as 1000, 749.25 as 748; pipelines that pass t / 1000 round t and the quotient.
+HALF_PRECISION = 2.0**-7
 
 
 class TimeSteps:
@@ -164,6 +165,7 @@ def nearest(table: list[float], value: float) -> int:
     if abs(table[row] - value) > HALF_PRECISION * abs(table[row]) or any(2 * abs(table[row] - value) >= gap for gap in gaps):
         raise TDQError(
             f"This table holds {len(table)} time steps, {table[0]:g}..{table[-1]:g}, and t must be one of them; got "
-            f"t = {value:g}. Sample with the number of steps that freeze or calibrate was called with, or call it again."
+            f"t = {value:g}. Sample with the number of steps that freeze or calibrate was called with, or call it again; in half "
+            "precision, with a profile that was recorded in it, if steps are as close as numbers there."
         )
     return row

@@ -188,3 +188,9 @@ def test_bad_input(unet):
         unet.conv_out._forward_pre_hooks.clear()
         run(unet, (3,))
     assert not unet._forward_pre_hooks and not unet.conv_in._forward_pre_hooks
+
+
+def test_a_list_of_samples_is_one_prediction():
+    a, b = torch.zeros(4, 1, 2, 2), torch.ones(4, 1, 2, 2)
+    assert torch.equal(prediction(([a, b],)), torch.stack([a, b]))
+    assert prediction(([a, b[:, :, :1]],)).shape == (24,)  # pictures of two sizes

@@ -187,7 +187,7 @@ def test_a_dynamic_model_changes_to_the_other_dynamic_method(unet):
         (None, {}, r"must be quantized; got a full-precision one. Call quantize\(model"),
         ("tdq", {"method": "magic"}, r"method must be one of minmax, momentum, .*, tdq for this model; got 'magic'"),
         ("tdq", {"method": "dynamic"}, r"method must be one of minmax, momentum, .*, tdq for this model; got 'dynamic'"),
-        ("dynamic", {"method": "mse"}, "method must be one of dynamic, dynamic-sample for this model; got 'mse'"),
+        ("dynamic", {"method": "mse"}, "method must be one of dynamic, dynamic-sample, dynamic-token for this model; got 'mse'"),
         ("mse", {"seeds": range(0)}, "seeds must name at least one image"),
         ("dynamic", {"shifted": False}, "shifted=False belongs to methods that measure ranges; 'dynamic' chooses a grid"),
         ("mse", {"steps": 0}, "steps must be .*from 1 to 1000; got 0"),

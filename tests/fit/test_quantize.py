@@ -254,7 +254,7 @@ def test_quantizers_follow_train_and_eval(unet):
         ({"weights": 1}, "bits must be a whole number from 2 to 8; got 1"),
         ({"activations": 9}, "bits must be a whole number from 2 to 8; got 9"),
         ({"activations": 4.0}, "bits must be a whole number from 2 to 8; got 4.0"),
-        ({"method": "magic"}, "method must be one of minmax, momentum, .*, dynamic-sample; got 'magic'"),
+        ({"method": "magic"}, "method must be one of minmax, momentum, .*, dynamic-token; got 'magic'"),
         ({"weights_per": "row"}, "weights_per must be 'channel' or 'tensor'; got 'row'"),
         ({"keep": ["conv_in", "no.such.*"]}, r"keep must name conv or linear layers of the model.*got 'no\.such\.\*'"),
         ({"keep": "*"}, r"must be a layer to quantize; the model has 39 and all are kept"),

@@ -6,7 +6,7 @@ import torch
 from tdq_utils.errors import TDQError
 from tdq_utils.fit.layers import ActivationQuantizer
 from tdq_utils.method.grid import Grid
-from tdq_utils.method.step_sizes import DynamicStep, LearnedStep, TableStep, TimeSteps
+from tdq_utils.method.step_sizes import DynamicStep, LearnedStep, TableStep, TimeSteps, nearest
 
 
 def test_time_steps_of_a_call():
@@ -36,9 +36,16 @@ def test_half_precision_rounds_no_entry_to_another(t, dtype):
     assert table(None, TimeSteps(rounded, len(t)), None).tolist() == list(range(len(t)))
 
 
+def test_a_pipeline_may_round_twice():
+    for t in range(1, 1001):
+        assert nearest([t / 1000], float(torch.tensor(float(t)).bfloat16() / 1000)) == 0
+
+
 def test_entries_that_half_precision_cannot_tell_apart_are_refused():
     table = TableStep(range(1000), torch.ones(1000))
-    with pytest.raises(TDQError, match="got t = 1000"):  # 999 in bfloat16, further from it than half of the gap to 998
+    with pytest.raises(
+        TDQError, match="got t = 1000.*recorded in it"
+    ):  # 999 in bfloat16, further from it than half of the gap to 998
         table(None, TimeSteps(torch.tensor(999.0, dtype=torch.bfloat16), 1), None)
 
 

@@ -6,6 +6,8 @@ from typing import Any
 import diffusers
 import torch
 
+from tdq_utils import full_precision, quantized_layers
+
 
 @dataclass(frozen=True)
 class Denoiser:
@@ -25,10 +27,25 @@ class Denoiser:
     carries_t: tuple[str, ...] = ()
     batch: int = 2
 
-    def build(self):
+    def build(self, **changed):
+        """A random model, the same every time; ``changed``: in its config."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return getattr(diffusers, self.kind)(**self.config).eval().requires_grad_(False)
+            return getattr(diffusers, self.kind)(**self.config | changed).eval().requires_grad_(False)
+
+
+def unchanged(model, run):
+    """Quantized layers that ``run``, which calls the model, leaves out, or whose output is that of the full-precision layer."""
+    seen, layers = {}, quantized_layers(model)
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda layer, args, out, name=name: seen.update({name: (args[0], out)}))
+    run()
+    for layer in layers.values():
+        layer._forward_hooks.clear()
+    with full_precision(model):
+        # some layers start at zero
+        return [name for name, layer in layers.items()
+                if name not in seen or (layer.weight.any() and torch.equal(layer(seen[name][0]), seen[name][1]))]  # fmt: skip
 
 
 def ids(n, width=3):

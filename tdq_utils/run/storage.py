@@ -55,6 +55,7 @@ def describe(model: Any) -> dict[str, Any]:
     return {name: getattr(state, name) for name in (*HOW, "asked", "frozen", "visited")} | dict(
         format=FORMAT,
         keep=state.kept,
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         channels_last=any(p.dim() == 4 and not p.is_contiguous() for p in model.parameters()),  # decides in which order sums go
         layers={name: _describe(quantizer) for name, quantizer in activation_quantizers(model).items()},
     )
@@ -127,7 +128,10 @@ def _build(settings, tensors):
     with init_empty_weights():  # random ones would be thrown away
         model = getattr(diffusers, settings["model"]).from_config(settings["config"]).eval().requires_grad_(False)
     model._apply(lambda v: torch.zeros_like(v, device="cpu") if v.is_meta else v)
-    model.to(memory_format=torch.channels_last if settings["channels_last"] else torch.contiguous_format)
+    dtype = getattr(torch, settings.get("dtype", "float32"))
+    model.to(dtype, memory_format=torch.channels_last if settings["channels_last"] else torch.contiguous_format)
+    for name, parameter in model.named_parameters():  # some may have been kept in another
+        parameter.data = parameter.data.to(tensors[name].dtype if name in tensors else dtype)
     rebuild(model, settings, tensors)
     for name, layer in quantized_layers(model).items():
         if settings.get("packed"):

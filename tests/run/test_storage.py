@@ -275,3 +275,19 @@ def test_what_was_saved_before_tensors_had_a_name_of_their_own(calibrated, tmp_p
     one(tmp_path, "*.safetensors").rename(tmp_path / "model.safetensors")
     edit(lambda settings: (settings.pop("tensors"), settings.update(keep=list(settings["keep"]))))(tmp_path)
     assert torch.equal(load_quantized(tmp_path)(x, 999).sample, model(x, 999).sample)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_half_precision_comes_back_as_it_was(denoiser, scheduler, tmp_path, packed):
+    """Parameters and buffers in bfloat16, step sizes in float32; the same bits."""
+    model, condition = denoiser
+    model.to(torch.bfloat16)
+    quantize(model, 4, 8, "table")
+    how = dict(condition=condition, progress=False, batch_size=3)
+    calibrate(model, scheduler, range(3), 2, **how)
+    freeze(model)
+    save_quantized(model, tmp_path, packed=packed)
+    back = load_quantized(tmp_path)
+    assert {name: p.dtype for name, p in back.named_parameters()} == {name: p.dtype for name, p in model.named_parameters()}
+    assert all(layer.weight_step.dtype == torch.float32 for layer in quantized_layers(back).values())
+    assert torch.equal(sample(back, scheduler, range(3), 2, **how), sample(model, scheduler, range(3), 2, **how))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tdq_utils import calibrate, freeze, quantize, restore
+from tdq_utils import calibrate, freeze, kept_layers, quantize, restore
 from tdq_utils.denoiser.call import prediction, read_times
 from tdq_utils.denoiser.recording import as_profile, recording
 

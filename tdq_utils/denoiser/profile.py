@@ -57,9 +57,13 @@ class Profile:
         if not 0 <= q <= 100:
             raise TDQError(f"A percentile must be from 0 to 100; got {q}.")
         half = self.bins // 2
-        folded = self.counts[..., half:] + self.counts[..., half - 1 :: -1]
-        share = folded.cumsum(-1) / folded.sum(-1, keepdims=True)
-        upper_edge = ((share < q / 100) | (share == 0)).sum(-1) + 1
+
+        def upper_edge_of(counts: np.ndarray) -> np.ndarray:
+            folded = counts[:, half:] + counts[:, half - 1 :: -1]
+            share = folded.cumsum(-1) / folded.sum(-1, keepdims=True)
+            return ((share < q / 100) | (share == 0)).sum(-1) + 1
+
+        upper_edge = np.stack([upper_edge_of(counts) for counts in self.counts])  # a layer at a time: memory
         return np.minimum(upper_edge * self.limit / half, np.maximum(-self.least, self.greatest))
 
     @property

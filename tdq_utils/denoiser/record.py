@@ -83,7 +83,7 @@ class Recorded:
 
     @property
     def profile(self) -> Profile:
-        """Statistics of the layers' inputs, in memory of at most 256 MiB. TDQError: still open, or no calls."""
+        """Statistics of the layers' inputs, in less than 300 MB of memory. TDQError: still open, or no calls."""
         if self._profile is None:
             raise TDQError("A recording must be closed, and must have seen calls; this one is open, or was left by an error. "
                            "Read recorded.profile after the with block.")  # fmt: skip

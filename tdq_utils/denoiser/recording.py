@@ -1,6 +1,7 @@
 """Record activation statistics over (layer, t) while a model runs: histograms of layers' inputs, in bounded memory."""
 
 import itertools
+import mmap
 from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,8 @@ from tdq_utils.errors import TDQError
 from tdq_utils.method.step_sizes import StepSize
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-MEMORY = 2**28  # bytes of all histograms together; past it, neighbouring bins are joined: 1,024 are left for 800 layers x 50 t
+MEMORY = 168_000_000  # bytes of all counts together; past it, neighbouring bins join: 1,024 remain for 800 layers and 50 t
+BLOCK = 512  # histograms that are allocated, and given back, together
 
 
 class Histogram:
@@ -27,8 +29,11 @@ class Histogram:
     It is a power of two and pairs of bins merge, so the counts do not depend on how the values were split into batches.
     """
 
-    def __init__(self, bins: int = BINS) -> None:
-        self.counts, self.limit, self.total = np.zeros(bins, dtype=np.int32), 2.0**-100, 0
+    __slots__ = ("counts", "limit", "total")
+
+    def __init__(self, counts: np.ndarray | None = None) -> None:
+        self.counts = np.zeros(BINS, dtype=np.int32) if counts is None else counts
+        self.limit, self.total = 2.0**-100, 0
 
     def add(self, x: torch.Tensor, greatest: float) -> None:
         """Count the values of tensor ``x``, none of which exceeds ``greatest`` in magnitude."""
@@ -36,7 +41,7 @@ class Histogram:
         while greatest >= self.limit:
             self.limit *= 2
             if not empty:
-                self.counts = np.pad(self._joined(), bins // 4)
+                self.counts[:] = np.pad(self.joined(), bins // 4)
         self.total += x.numel()
         if self.total >= 2**31:
             self.counts = self.counts.astype(np.int64)
@@ -44,11 +49,8 @@ class Histogram:
         index = _flat(x).mul(bins / 2 / self.limit).floor_().add_(bins // 2).to(torch.int16)
         self.counts += torch.bincount(index, minlength=bins).cpu().numpy().astype(self.counts.dtype)
 
-    def halve(self) -> None:
-        """Join pairs of bins."""
-        self.counts = self._joined()
-
-    def _joined(self):
+    def joined(self) -> np.ndarray:
+        """The counts of pairs of bins."""
         return self.counts.reshape(-1, 2).sum(1, dtype=self.counts.dtype)
 
 
@@ -60,9 +62,11 @@ def _flat(x):
 class _Cell:
     """Running statistics of one layer at one t."""
 
-    def __init__(self, bins):
+    __slots__ = ("count", "greatest", "histogram", "least", "squares", "total", "vectors")
+
+    def __init__(self, counts):
         self.least, self.greatest, self.total, self.squares, self.count = np.inf, -np.inf, 0.0, 0.0, 0
-        self.histogram, self.vectors = Histogram(bins), True
+        self.histogram, self.vectors = Histogram(counts), True
 
     def add(self, x, batch):
         self.vectors &= x.dim() == 2 and len(x) == batch
@@ -82,14 +86,26 @@ class Cells(dict[tuple[str, float], Any]):
 
     bins = BINS
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._rows: Iterator[np.ndarray] = iter(())
+
+    def _row(self):
+        """Room for a histogram, in a block of many: the system gets a block back once none of it is in use."""
+        if (row := next(self._rows, None)) is None:
+            self._rows = iter(np.frombuffer(mmap.mmap(-1, BLOCK * self.bins * 4), np.int32).reshape(BLOCK, self.bins))
+            row = next(self._rows)
+        return row
+
     def add(self, layer: str, t: float, x: torch.Tensor, batch: int) -> None:
         """Count the values of an input ``x`` of a layer, in a call of ``batch`` samples at t."""
         if (layer, t) not in self:
             if (len(self) + 1) * self.bins * 4 > MEMORY:
-                self.bins //= 2
-                for cell in self.values():
-                    cell.histogram.halve()
-            self[layer, t] = _Cell(self.bins)
+                self.bins, self._rows = self.bins // 2, iter(())
+                for histogram in (cell.histogram for cell in self.values()):
+                    joined, histogram.counts = histogram.joined(), self._row().astype(histogram.counts.dtype, copy=False)
+                    histogram.counts[:] = joined
+            self[layer, t] = _Cell(self._row())
         self[layer, t].add(x, batch)
 
 
@@ -147,9 +163,10 @@ def as_profile(cells: Cells, model: str = "") -> Profile:
     std = np.sqrt(np.maximum(table(lambda c: c.squares / c.count) - mean**2, 0))
     limit, vectors = table(lambda c: c.histogram.limit), table(lambda c: c.vectors).all(1)
     kinds = {cell.histogram.counts.dtype for cell in cells.values()}
-    counts = np.zeros((*limit.shape, cells.bins), max(kinds, key=lambda kind: kind.itemsize))
-    for place in np.ndindex(*limit.shape):  # one after the other, so that nothing is in memory twice
-        counts[place] = cells.pop((layers[place[0]], times[place[1]])).histogram.counts
+    counts = np.zeros((*limit.T.shape, cells.bins), max(kinds, key=lambda kind: kind.itemsize))
+    for step, layer in np.ndindex(*limit.T.shape):  # in the order of the blocks, so that nothing is in memory twice
+        counts[step, layer] = cells.pop((layers[layer], times[step])).histogram.counts
+    counts = counts.transpose(1, 0, 2)
     # Where all layers get vectors, as in a model of points in the plane, that says nothing.
     carries_t = [] if vectors.all() else [layer for layer, only in zip(layers, vectors, strict=True) if only]
     return Profile(layers, np.array([number(t) for t in times]), least, greatest, mean, std, counts, limit, model, carries_t)
@@ -165,7 +182,7 @@ def profile_activations(model: nn.Module, scheduler: Any, seeds: int | Iterable[
     """Record the input of every conv and linear layer along the model's own sampling trajectory.
 
     No activation is kept, but running sums and one histogram for each (layer, t): memory does not grow with the images, and
-    histograms take at most 256 MiB. ``layers``: dotted names to record, default all; the rest, and ``sampling``, as for
+    histograms take at most 170 MB. ``layers``: dotted names to record, default all; the rest, and ``sampling``, as for
     :func:`tdq_utils.denoiser.sampling.sample`. TDQError: activations are not finite.
     """
     with recording(model, layers) as cells:

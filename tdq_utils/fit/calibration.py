@@ -69,10 +69,11 @@ def calibrate(model: nn.Module, scheduler: Any = None, seeds: int | Iterable[int
     source = _source(model, scheduler, making, data, profile, samples, chooses, progress)
     if weights_method:
         reconstruction.adaround(model, source, progress=progress)
-    if chooses:
-        skewed = method == "ptq4dm" and profile is None and source.at == "skewed"  # then t has its weight already
-        profile = profile or profile_set(model, source)
+    skewed = method == "ptq4dm" and profile is None and source is not None and source.at == "skewed"  # t has its weight already
+    profile = profile or (profile_set(model, source) if chooses else None)
+    if profile is not None:
         keep_too(model, profile.carries_t, "measured: gets one vector a sample, so t or pooled conditions")
+    if chooses:
         _choose(model, CHOOSERS["mse" if skewed else method], profile, shifted, progress, options)
     for layer in quantized_layers(model).values() if method in DYNAMIC and state.activations is not None else ():
         for quantizer in getattr(layer.activation, "halves", [layer.activation]):

@@ -141,15 +141,16 @@ class Modulated(nn.Module):
         return self.body(x + self.inner["curious"](vector)[:, None])
 
 
+@pytest.mark.parametrize("method", ["mse", "dynamic"])
 @pytest.mark.parametrize("keep", [None, "body.0"])
-def test_what_carries_t_is_found_by_what_it_gets(keep):
+def test_what_carries_t_is_found_by_what_it_gets(keep, method):
     """One vector a sample, where others get tokens. Who names the layers to keep is obeyed."""
     model, x = Modulated().eval(), torch.randn(2, 3, 6)
     with record(model) as recorded, torch.no_grad():
         for t in (9.0, 5.0, 1.0):
             model(x, torch.tensor(t))
     assert recorded.profile.carries_t == ["inner.curious"]
-    quantize(model, 4, 4, "mse", keep=keep)
+    quantize(model, 4, 4, method, keep=keep)
     calibrate(model, profile=recorded.profile, progress=False)
     assert ("inner.curious" in quantized_layers(model)) == (keep is not None)
     assert keep or "one vector a sample" in model.quantization.kept["inner.curious"]

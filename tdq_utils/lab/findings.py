@@ -233,7 +233,7 @@ def cost(model: Any, profile: Profile) -> list[dict[str, Any]]:
     inside = {id(layer.weight) for layer in layers.values()}
     rest = sum(p.nbytes for name, p in model.named_parameters() if id(p) not in inside and ".activation." not in name)
     steps = [q.step for q in quantizers.values() if isinstance(q.step, StepGenerator)]
-    generators = sum(v.nbytes for step in steps for v in (*step.parameters(), *step.buffers()))
+    generators = sum(v.nbytes for step in steps for v in step.state_dict().values())
     rows = {"weights of quantized layers, as they came": floats,
             f"the same on {model.quantization.weights} bits, packed, with their step sizes": packed,
             "all other parameters, left as they are": rest, "intervals: one constant a layer": 4 * len(quantizers),

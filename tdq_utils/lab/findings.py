@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+import torchmetrics
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm.auto import tqdm
@@ -196,7 +197,9 @@ class Survey:
 
     def _protocol(self):
         scheduler = None if self.scheduler is None else type(self.scheduler).__name__
-        held = dict(torch=torch.__version__, diffusers=diffusers.__version__, numpy=np.__version__)
+        held = dict(
+            torch=torch.__version__, diffusers=diffusers.__version__, numpy=np.__version__, torchmetrics=torchmetrics.__version__
+        )
         return dict(
             model=type(self.model).__name__, fingerprint=self.profile.model, dtype=str(next(self.model.parameters()).dtype),
             weights=self.weights, activations=self.activations, bits=self.bits, methods=METHODS,

@@ -233,7 +233,8 @@ def _cost(found):
 
 
 def _protocol(found):
-    rows = dict(found["protocol"]) | {f"seconds: {part}": value for part, value in found["seconds"].items()}
+    rows = dict(found["protocol"]) | {f"seconds: {part}": f"{value:.3g}" for part, value in found["seconds"].items()}
+    rows["seeds of the pictures"] = rows.pop("seeds")
     shown = {name.replace("_", " "): _words(value) for name, value in rows.items() if value is not None}
     frame = pd.DataFrame(shown.items(), columns=["what", "value"])
     note = _note("Intervals are calibrated on the recording. With calls that were kept from the same recording, the error of the "

@@ -25,9 +25,10 @@ from tdq_utils.run.storage import load_quantized, save_quantized
 
 # What needs torchmetrics, onnx, matplotlib or pandas is imported when it is first used: name, or name:module, by wing.
 _HEAVY = {
-    "lab": "bench compare:tables.quickstart fid load_images:datasets reproduce tables",
+    "lab": "bench compare:tables.quickstart fid layer_sensitivity:sensitivity load_images:datasets reproduce tables",
     "run": "TDQConfig:hosting onnx",
-    "show": "NAMES:tables headline:tables plots profile_plots result_plots significant:tables styled:tables widgets",
+    "show": "NAMES:tables headline:tables plots profile_plots report:report result_plots significant:tables styled:tables "
+    "widgets",
 }
 _HOMES = {name: (wing, *home) for wing, names in _HEAVY.items() for name, *home in (entry.split(":") for entry in names.split())}
 _IMPORTED = [name for name, value in globals().items() if getattr(value, "__module__", "").startswith(__name__)]

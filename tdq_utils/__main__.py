@@ -107,6 +107,19 @@ def _draw(args: Namespace, model: Any, scheduler: Any, steps: int) -> None:
     tdq.profile_plots.drift_and_rescue(profile, layer, named, bits).savefig(args.picture)
 
 
+def report(args: Namespace) -> None:
+    """Will an interval over t help a model? Measure it on the model's own trajectory, and write a page."""
+    from tdq_utils.lab.sensitivity import class_labels, record_sampling
+
+    for bits in (args.weights, args.activations):
+        tdq.Grid(bits)  # before anything is sampled
+    model, scheduler = tdq.load_model(args.model)
+    condition = class_labels(model)
+    recorded = record_sampling(model, scheduler, args.steps, args.images, condition)
+    found = tdq.report(recorded, args.out, scheduler, args.weights, args.activations, steps=args.steps, condition=condition)
+    print("\n".join([*found["verdict"], f"The page, which opens without a network: {(args.out / 'index.html').resolve()}"]))
+
+
 def bench(args: Namespace) -> None:
     """Cost of profiling, of simulation and of integers, as ratios; time by kind of work; memory."""
     from tdq_utils.lab import bench
@@ -157,6 +170,8 @@ def parser() -> ArgumentParser:
     sub.add_argument("--split-skips", action="store_true", help="quantize the halves of concatenated skip inputs apart")
     sub.add_argument("--weights-method", help="adaround: learn how each weight is rounded (default: to the nearest level)")
     _reproduce_options(command(reproduce, "runs/TABLE.csv"))
+    _numbers(command(report, "runs/report"), weights=(8, "bits"), activations=(6, "bits, where one number is shown"),
+             images=(32, "trajectories that are recorded"), steps=(20, "of sampling"))  # fmt: skip
     _numbers(command(bench, "runs/bench"), repeats=(15, "timed rounds"), images=(64, "a batch"), steps=(5, "of a timed run"))
     return top
 

@@ -17,9 +17,7 @@ LAYERS = (nn.Linear, nn.Bilinear, _ConvNd)
 CONDITIONING = ("diffusers.models.embeddings", "diffusers.models.normalization")
 # img_mod, adaLN_modulation, double_stream_modulation_img, time_proj, time_emb_proj, t_embedder, ...
 CARRIES_T = re.compile(r"(^|[._])(time_emb\w*|time_proj|time_mlp|t_embedder|\w*mod|\w*modulation\w*)(\.|$)", re.IGNORECASE)
-ENDS = re.compile(
-    r"^(all_)?(x_embedder|pos_embed|patch_embed|final_layer)\."
-)  # where a model's first and last layers are in modules of their own
+ENDS = re.compile(r"^(all_)?(x_embedder|pos_embed|patch_embed|final_layer)\.")  # first and last layers
 
 FUSED = dict(to_qkv=("to_q", "to_k", "to_v"), to_kv=("to_k", "to_v"), to_added_qkv=("add_q_proj", "add_k_proj", "add_v_proj"))
 BYPASSED = "does not run: fused with its neighbours"

@@ -78,7 +78,8 @@ def test_half_precision_runs(family, calls):
 @pytest.mark.parametrize(
     ("name", "ends"),
     [("Z-Image", ["all_x_embedder.2-1", "all_final_layer.2-1.linear"]), ("HunyuanVideo", ["x_embedder.proj", "proj_out"]),
-     ("SD 3", ["pos_embed.proj", "proj_out"]), ("AuraFlow", ["pos_embed.proj", "proj_out"]), ("Wan", ["patch_embedding", "proj_out"])],
+     ("SD 3", ["pos_embed.proj", "proj_out"]), ("AuraFlow", ["pos_embed.proj", "proj_out"]),
+     ("Wan", ["patch_embedding", "proj_out"])],
 )  # fmt: skip
 def test_the_first_and_last_layer_are_kept(name, ends):
     assert set(ends) <= kept_layers(ZOO[name].build()).keys()

@@ -51,7 +51,7 @@ def train(args: Namespace) -> None:
 
 def calibrate(args: Namespace) -> None:
     """Quantize a model, calibrate it on its own trajectory, and save it as a folder."""
-    model, scheduler = tdq.load_model(args.model)
+    model, scheduler = tdq.load_model(args.model, scheduler=args.scheduler)
     tdq.quantize(model, args.weights, args.activations, args.method, split_skips=args.split_skips)
     tdq.calibrate(model, scheduler, range(args.first_seed, args.first_seed + args.images), args.steps,
                   reconstruct=args.reconstruct, weights_method=args.weights_method)  # fmt: skip
@@ -79,7 +79,7 @@ def reproduce(args: Namespace) -> None:
         "trials": partial(trials.trial_jobs, args.iterations or 150),
     }
     jobs, state = jobs_of[args.table](), engine.processes()
-    model, scheduler = tdq.load_model(args.model, device=state.device if state.device.type == "cuda" else None)
+    model, scheduler = tdq.load_model(args.model, state.device if state.device.type == "cuda" else None, args.scheduler)
     out = Path(str(args.out).replace("TABLE", args.table + "-quick" * args.quick))
     images = args.images or (128 if args.quick else 256 if args.table in ("quickstart", "trials") else 1000)
     cache = args.cache or out.parent / "cache"
@@ -111,7 +111,7 @@ def bench(args: Namespace) -> None:
     """Cost of profiling, of simulation and of integers, as ratios; time by kind of work; memory."""
     from tdq_utils.lab import bench
 
-    model, scheduler = tdq.load_model(args.model)
+    model, scheduler = tdq.load_model(args.model, scheduler=args.scheduler)
     variants = bench.integer_variants(model, scheduler, args.steps)
     how = dict(images=args.images, steps=args.steps)
     tables = {"bench.csv": bench.bench_integer(variants, scheduler, repeats=args.repeats, **how)}
@@ -136,6 +136,7 @@ def parser() -> ArgumentParser:
         sub.add_argument("--out", type=Path, default=Path(out), help="where the results go")
         if model:
             sub.add_argument("--model", default="fashion-mnist", help="short name, folder or hub id")
+            sub.add_argument("--scheduler", help="DDIM, or another of diffusers (default: the model's own)")
         return sub
 
     command(demo, "runs", model=False)

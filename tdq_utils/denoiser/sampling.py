@@ -133,14 +133,14 @@ def asker(model: nn.Module, n: int, condition: Condition = None, negative: Condi
     return ask
 
 
-def rows_of(given: Condition, n: int, what: str) -> Callable[[list[int]], dict[str, Any]]:
+def rows_of(given: Condition, n: int, what: str, each: str = "seeds") -> Callable[[list[int]], dict[str, Any]]:
     """A function of row numbers that gives the conditions for these rows. TDQError: a tensor has neither 1 nor ``n`` rows."""
     if callable(given):
         return given
 
     def check(tensor: Tensor) -> Tensor:
         if not tensor.dim() or len(tensor) not in (1, n):
-            raise TDQError(f"{what} must have one row for each of the {n} seeds, or one for all; got a tensor "
+            raise TDQError(f"{what} must have one row for each of the {n} {each}, or one for all; got a tensor "
                            f"{tuple(tensor.shape)}. For what has no rows, pass a function of row numbers.")  # fmt: skip
         return tensor
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tdq_utils.denoiser.files import beside
 from tdq_utils.denoiser.loading import DATA
 from tdq_utils.errors import DataError
-from tdq_utils.lab.results import beside
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
 OFFICIAL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"  # as named in its README

@@ -17,6 +17,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from tdq_utils.denoiser.files import beside
 from tdq_utils.denoiser.loading import fingerprint
 from tdq_utils.denoiser.profile import Profile
 from tdq_utils.denoiser.sampling import sample_batches
@@ -26,7 +27,7 @@ from tdq_utils.fit.calibration_set import CalibrationSet
 from tdq_utils.fit.quantize import DYNAMIC, freeze, restore
 from tdq_utils.lab.datasets import load_images
 from tdq_utils.lab.fid import Distances, feature_extractor
-from tdq_utils.lab.results import Row, Table, beside, read_rows
+from tdq_utils.lab.results import Row, Table, read_rows
 from tdq_utils.lab.tables.ptq import SEEDS, Job
 from tdq_utils.run.integer import IntegerRunner
 from tdq_utils.run.runtime import Compiled, Runner

@@ -1,33 +1,18 @@
 """Rows of results on disk: a row is a file, and a CSV is gathered from them; any number of processes write one table."""
 
-import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pandas as pd
 
+from tdq_utils.denoiser.files import beside
 from tdq_utils.errors import DataError
 
 PROTOCOL = ("images", "sampler", "model", "features", "threads")  # must agree in all rows of one table
 Row = dict[str, Any]
-
-
-@contextmanager
-def beside(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` to write to, of nobody else; moved into place at the end, so that a kill leaves no half."""
-    part = path.with_name(f"{path.name}.{uuid4().hex[:8]}.part")
-    try:
-        yield part
-        with open(part) as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 class Table:

@@ -12,11 +12,11 @@ import pandas as pd
 from diffusers import SchedulerMixin
 from torch import nn
 
+from tdq_utils.denoiser.files import beside
 from tdq_utils.errors import TDQError
 from tdq_utils.fit.finetuning import FINETUNED, GENERATOR_RATE, STEP_RATE, finetune
 from tdq_utils.fit.quantize import freeze
 from tdq_utils.lab.datasets import load_images
-from tdq_utils.lab.results import beside
 from tdq_utils.lab.tables.ptq import Calibrated, Job
 from tdq_utils.run.storage import save_quantized
 

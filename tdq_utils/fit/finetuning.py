@@ -42,18 +42,16 @@ def finetune(model: nn.Module, scheduler: Any, images: torch.Tensor, method: str
     AdamW; linear warm-up, cosine fall to zero; all random numbers follow from ``seed``. Returns the loss of each iteration.
 
     Args:
-        model, scheduler: full precision, evaluation mode; :func:`tdq_utils.fit.quantize.restore` gives it back bit for bit.
-        images: training images ``"image channel height width"`` in [-1, 1].
+        model: full precision, evaluation mode; ``restore`` gives it back. images: ``"image channel height width"`` in [-1, 1].
         method: for activations: ``"pact"``, ``"lsq"``, ``"nipq"`` (:mod:`tdq_utils.method.rules`) with a learned constant a
             layer; ``"tdq"``, ``"tdq-pact"``, ``"tdq-nipq"``: with a generator s(t) instead. Steps of weights learn by LSQ.
-        weights, activations: bits. iterations, batch, warmup: of training. clip: norm of the gradient.
+        weights, activations, split_skips: as for ``quantize``. iterations, batch, warmup: of training. clip: norm of the gradient.
         rate: of weights and of the logarithms of their steps. step_rate: relative to it, of the logarithms of activations'
             constants, and of the factor of each s(t) (:meth:`tdq_utils.method.generator.StepGenerator.learn_scale`; 0: none).
         generator_rate: of generators' networks, relative to ``rate``. ema_decay: of the average that the model ends as.
         distill: share of the loss that is the error against the full-precision prediction, 0 to 1. decay: of PACT's alpha.
         condition: as for ``sample``, a row an image; calibration samples with the first. For guidance, let some be the null one.
-        out: folder for the state, saved every minute; a run found there goes on, with the same losses bit for bit.
-        split_skips: as for ``quantize``. calibration: ``data``, ``profile``, ... of :func:`tdq_utils.fit.calibration.calibrate`.
+        out: folder for the state, saved every minute; a run found there goes on, bit for bit. calibration: of ``calibrate``.
 
     TDQError: unknown method or prediction type, quantized model, a setting out of range, an ``out`` that holds a run with others,
     a loss that is not finite (the last good state stays). Whatever stops it, the model is the full-precision one again.

@@ -45,7 +45,7 @@ def finetune(model: nn.Module, scheduler: Any, images: torch.Tensor, method: str
         model: full precision, evaluation mode; ``restore`` gives it back. images: ``"image channel height width"`` in [-1, 1].
         method: for activations: ``"pact"``, ``"lsq"``, ``"nipq"`` (:mod:`tdq_utils.method.rules`) with a learned constant a
             layer; ``"tdq"``, ``"tdq-pact"``, ``"tdq-nipq"``: with a generator s(t) instead. Steps of weights learn by LSQ.
-        weights, activations, split_skips: as for ``quantize``. iterations, batch, warmup: of training. clip: norm of the gradient.
+        weights, activations, split_skips: as for ``quantize``. iterations, batch, warmup: of training. clip: gradient norm.
         rate: of weights and of the logarithms of their steps. step_rate: relative to it, of the logarithms of activations'
             constants, and of the factor of each s(t) (:meth:`tdq_utils.method.generator.StepGenerator.learn_scale`; 0: none).
         generator_rate: of generators' networks, relative to ``rate``. ema_decay: of the average that the model ends as.

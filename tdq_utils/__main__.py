@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import tdq_utils as tdq
 from tdq_utils.errors import TDQError
 
@@ -16,6 +18,7 @@ SHOWN = ("question", "variant", "steps", "method", "weights_method", "weights", 
 BELONGS = {"quick": "ptq, qat", "steps": "quickstart, ptq, qat", "iterations": "qat, trials",
            **dict.fromkeys(("methods", "weights", "activations", "picture"), "quickstart")}  # fmt: skip
 
+DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TRAININGS = {
     "train-unet": ("Train the shipped denoiser.", "iterations", 5400),
     "train-dit": ("Train the second denoiser that ships, a transformer with classes.", "iterations", 8000),
@@ -62,6 +65,7 @@ def calibrate(args: Namespace) -> None:
 def reproduce(args: Namespace) -> None:
     """Measure a table; a row that is there already is not measured again."""
     from tdq_utils.lab import reproduce as engine
+    from tdq_utils.lab.protocol import Reference
     from tdq_utils.lab.tables import ablations, ptq, qat, quickstart, trials
 
     for option, tables in BELONGS.items():
@@ -79,17 +83,19 @@ def reproduce(args: Namespace) -> None:
         "trials": partial(trials.trial_jobs, args.iterations or 150),
     }
     jobs, state = jobs_of[args.table](), engine.processes()
-    model, scheduler = tdq.load_model(args.model, state.device if state.device.type == "cuda" else None, args.scheduler)
+    dtype = DTYPES[args.dtype]
+    model, scheduler = tdq.load_model(args.model, state.device if state.device.type == "cuda" else None, args.scheduler, dtype)
+    protocol = engine.Protocol(Reference(args.data, args.root, args.download), args.guidance, args.classes)
     out = Path(str(args.out).replace("TABLE", args.table + "-quick" * args.quick))
     images = args.images or (128 if args.quick else 256 if args.table in ("quickstart", "trials") else 1000)
     cache = args.cache or out.parent / "cache"
     table = engine.reproduce(jobs, model, scheduler, out, images, args.batch_size, args.features, cache, args.engine,
-                             args.mix_threads, progress=state.is_main_process)  # fmt: skip
+                             args.mix_threads, state.is_main_process, protocol)  # fmt: skip
     if state.is_main_process:
         shown = table[[name for name in SHOWN if name in table]].to_string(index=False, float_format="%.3g")
         print(f"{shown}\nWritten to {out}")
         if args.table == "qat":
-            qat.add_losses(out.with_name(f"{out.stem}_loss.csv"), jobs, cache, model)
+            qat.add_losses(out.with_name(f"{out.stem}_loss.csv"), jobs, protocol.folder(cache, model, scheduler), model)
         if args.picture:
             _draw(args, model, scheduler, steps)
 
@@ -179,6 +185,13 @@ def _reproduce_options(sub: ArgumentParser) -> None:
     sub.add_argument("--features", default="classifier", help="classifier (FCD) or inception (FID; needs the extra of that name)")
     sub.add_argument("--engine", default="eager", help="eager, compiled: simulation; integer: int8; the last two need g++")
     sub.add_argument("--mix-threads", action="store_true", help="add to rows of another number of threads")
+    other = sub.add_argument_group("other models")
+    other.add_argument("--data", default="fashion-mnist", help="what distances compare with: fashion-mnist, cifar10, or a folder")
+    other.add_argument("--root", help="folder with the official files of --data")
+    other.add_argument("--download", action="store_true", help="fetch missing files of --data")
+    other.add_argument("--classes", type=int, help="classes that images go through, seed by seed (default: the model's)")
+    other.add_argument("--guidance", type=float, help="w of classifier-free guidance (default: none)")
+    other.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of weights (default: as stored)")
     few = sub.add_argument_group("quickstart")
     few.add_argument("--methods", nargs="*", help="how step sizes are chosen (default: minmax, mse, learned, table, tdq)")
     few.add_argument("--weights", type=int, help="bits (default: 8)")

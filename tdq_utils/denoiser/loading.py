@@ -40,24 +40,25 @@ def load_model(name: str | Path = "fashion-mnist", device: str | torch.device | 
     if not source.is_dir() and (str(name) in CATALOGUE or len(Path(name).parts) != 2 or Path(name).is_absolute()):
         raise DataError(f"load_model takes one of {', '.join(CATALOGUE)}, an existing folder in diffusers' layout, or a hub id "
                         f"'owner/name'; got {str(name)!r}, and {source} is no folder.")  # fmt: skip
-    model, own = _load(source if source.is_dir() else str(name))
+    model, own = _load(source if source.is_dir() else str(name), dtype)
     chosen = scheduler_like(own, scheduler) if scheduler else own
     flat = not any(parameter.dim() == 5 for parameter in model.parameters())  # that format knows four axes
     form = torch.channels_last if flat else torch.preserve_format
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.eval().requires_grad_(False).to(device, dtype, memory_format=form), chosen
+    return model.eval().requires_grad_(False).to(device, memory_format=form), chosen
 
 
-def _load(source):
+def _load(source, dtype):
     import diffusers  # slow, here and below
     from diffusers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # a bar for two files says nothing, and notebooks would store it
-    places = [("denoiser", diffusers.UNet2DModel, MODEL_PLACES), ("scheduler", diffusers.DDIMScheduler, SCHEDULER_PLACES)]
-    return [_part(source, what, reader, folders) for what, reader, folders in places]
+    how = dict(torch_dtype=dtype) if dtype else {}  # not to(dtype): some layers of some models stay in float32
+    model = _part(source, "denoiser", diffusers.UNet2DModel, MODEL_PLACES, **how)
+    return model, _part(source, "scheduler", diffusers.DDIMScheduler, SCHEDULER_PLACES)
 
 
-def _part(source, what, reader, folders):
+def _part(source, what, reader, folders, **how):
     """The denoiser, or the scheduler: of the class that its configuration names, from the first of ``folders`` that has one."""
     import diffusers
 
@@ -73,7 +74,7 @@ def _part(source, what, reader, folders):
         if not hasattr(diffusers, str(name)):
             raise DataError(f"The {what} of {source} must be of a class of diffusers; its {reader.config_name} names {name}.")
         try:
-            return getattr(diffusers, name).from_pretrained(source, subfolder=folder, local_files_only=local)
+            return getattr(diffusers, name).from_pretrained(source, subfolder=folder, local_files_only=local, **how)
         except (OSError, ValueError, SafetensorError) as error:
             raise _unreadable(source, what, error) from error
     raise _unreadable(source, what, errors[0]) from errors[0]

@@ -138,6 +138,9 @@ class Trainer:
         """
         (start, log), saved = self._load(), time.monotonic()
         self.model.train()
+        for module in self.model.modules():
+            if type(module).__name__ == "LabelEmbedding":  # each would drop labels of its own, whatever the condition says
+                module.eval()
         bar = tqdm(range(start, iterations), title, iterations, initial=start, disable=not progress, leave=False, mininterval=2)
         for i in bar:
             for group in self.optimizer.param_groups:

@@ -109,6 +109,8 @@ def _read_cifar(split: str, root: str | Path | None, download: bool) -> tuple[np
         with tarfile.open(path) as archive:
             files = [archive.extractfile(f"cifar-10-batches-bin/{stem}.bin").read() for stem in CIFAR_FILES[split]]
         rows = np.frombuffer(b"".join(files), np.uint8).reshape(-1, 1 + 3 * 32 * 32)  # a label, then the planes
+        if rows[:, 0].max() > 9:
+            raise ValueError(f"a label must be from 0 to 9; got {rows[:, 0].max()}")
     except (OSError, EOFError, KeyError, ValueError, AttributeError, tarfile.TarError, zlib.error) as error:
         raise DataError(f"{path} must hold CIFAR-10's binary files ({error}); delete it and fetch it again.") from error
     return rows[:, 1:].reshape(-1, 3, 32, 32).copy(), rows[:, 0].copy()

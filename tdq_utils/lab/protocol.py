@@ -99,6 +99,9 @@ class Protocol:
         if not self._classes(model):
             return self.reference.images(split), {}
         images, labels = self.reference.images(split, labels=True)
+        if labels.max() >= (classes := self._classes(model)):
+            raise TDQError(f"Training images must be of the model's {classes} classes; {self.reference.data} has "
+                           f"{int(labels.max()) + 1}. Pass other --data, or --classes 0 to train without.")  # fmt: skip
         condition = dict(class_labels=labels)
         if self.guidance is not None:
             labels[::LABEL_DROPOUT] = opposite(model, condition)["class_labels"][::LABEL_DROPOUT]

@@ -123,6 +123,19 @@ def test_a_transformer_with_classes_is_trained_and_comes_back(dit, scheduler, tm
         finetune(dit, scheduler, images, condition={"class_labels": labels.flip(0)}, out=tmp_path, **TRAINING)
 
 
+def test_no_layer_drops_labels_of_its_own(dit, monkeypatch):
+    seen, original = [], finetuning.denoising_loss
+    monkeypatch.setattr(finetuning, "denoising_loss", lambda *args, **more: seen.append(modes(dit)) or original(*args, **more))
+    images, labels = torch.rand(2, 2, 8, 8), torch.tensor([3, 8])
+    finetune(dit, FLOW, images, condition={"class_labels": labels}, **TRAINING)
+    assert seen == [{"LabelEmbedding": False, "DiTTransformer2DModel": True}] * 2
+
+
+def modes(model):
+    kinds = ("LabelEmbedding", "DiTTransformer2DModel")
+    return {type(module).__name__: module.training for module in model.modules() if type(module).__name__ in kinds}
+
+
 def test_calibration_sees_the_conditions_of_the_first_images(dit, monkeypatch):
     told, original = [], finetuning.calibrate
     monkeypatch.setattr(finetuning, "calibrate", lambda *args, **options: told.append(options) or original(*args, **options))

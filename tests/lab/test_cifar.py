@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from torch import nn
 
 from tdq_utils import load_quantized
@@ -69,6 +69,7 @@ def downloaded(tmp_path, monkeypatch):
     with tarfile.open(fileobj=(out := io.BytesIO()), mode="w:gz") as tar:
         for i, stem in enumerate(["test_batch", *(f"data_batch_{i}" for i in range(1, 6))]):
             rows = np.random.default_rng(i).integers(0, 10, (20 if i == 0 else 4, 3073), dtype=np.uint8) * 25
+            rows[:, 0] //= 25
             entry = tarfile.TarInfo(f"cifar-10-batches-bin/{stem}.bin")
             entry.size = rows.size
             tar.addfile(entry, io.BytesIO(rows.tobytes()))
@@ -142,3 +143,20 @@ def test_images_of_another_size_are_refused_before_any_work(tmp_path, capsys, mo
     assert "cifar10 has (3, 32, 32), the model makes (1, 28, 28). Pass --data" in capsys.readouterr().err
     assert not (tmp_path / "t.csv").exists() and not (tmp_path / "cache").exists()
     fid.feature_extractor.cache_clear()
+
+
+@pytest.mark.usefixtures("quick", "downloaded")
+@pytest.mark.parametrize("table", ["ptq", "qat"])
+def test_a_guided_transformer_of_flow_matching_in_half_precision(table, tmp_path):
+    """Conditions, guidance, dtype and another scheduler, through the same commands; trained on images with their classes."""
+    sizes = dict(sample_size=32, in_channels=3, out_channels=3, patch_size=8, num_layers=1, norm_num_groups=1)
+    dit = DiTTransformer2DModel(**sizes, num_attention_heads=2, attention_head_dim=4, num_embeds_ada_norm=10)
+    dit.save_pretrained(tmp_path / "dit" / "transformer")
+    FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path / "dit" / "scheduler")
+    command = f"reproduce {table} --quick --model {tmp_path / 'dit'} --data cifar10 --download --features inception --steps 2 "
+    command += f"--images 16 --batch-size 8 --guidance 2 --dtype bfloat16 --out {tmp_path / 't.csv'}"
+    assert main(shlex.split(command + (" --iterations 2" if table == "qat" else ""))) == 0
+    rows = pd.read_csv(tmp_path / "t.csv")
+    assert rows.fid.notna().all() and {*rows.dtype} == {"bfloat16"} and {*rows.classes} == {10} and {*rows.guidance} == {2}
+    assert {*rows.prediction} == {"flow"} and {*rows.sampler} == {"FlowMatchEulerDiscrete"}
+    assert main(shlex.split(command.replace("--guidance 2", "--guidance 3"))) == 2

@@ -160,6 +160,7 @@ def test_cifar_from_its_archive(cifar):
 @pytest.mark.parametrize(("contents", "message"), [
     (archive(RECORDS, folder="elsewhere"), "must hold CIFAR-10's binary files"), (b"no archive", "must hold CIFAR-10's binary"),
     (archive({**RECORDS, "test_batch": np.zeros((1, 3000), np.uint8)}), "must hold CIFAR-10's binary files"),
+    (archive({**RECORDS, "test_batch": np.full((2, 3073), 10, np.uint8)}), "a label must be from 0 to 9; got 10"),
     (archive(RECORDS)[:-200], "must hold CIFAR-10's binary files"),
 ])  # fmt: skip
 def test_an_archive_of_something_else(cifar, contents, message):

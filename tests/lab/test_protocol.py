@@ -155,6 +155,8 @@ def test_training_images_go_with_their_classes(dit, unet, monkeypatch):
     labels = Protocol(guidance=2.0).training(dit)[1]["condition"]["class_labels"]
     assert (labels == 5).nonzero().flatten().tolist() == [0, 10, 20]  # the null label, for guidance to compare with
     assert Protocol().training(unet)[1] == {}
+    with pytest.raises(TDQError, match="must be of the model's 3 classes; fashion-mnist has 5. Pass other --data"):
+        Protocol(classes=3).training(dit)
 
 
 def test_real_images_that_are_not_there_are_no_row(pictures):

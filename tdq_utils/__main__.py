@@ -52,12 +52,19 @@ def train(args: Namespace) -> None:
     print(f"EMA weights: {found}" if isinstance(found, Path) else f"Test accuracy {found:.4f}; written to {args.out}")
 
 
+def _load(args: Namespace, device: Any = None) -> tuple[Any, Any]:
+    return tdq.load_model(args.model, device, args.scheduler, DTYPES[args.dtype])
+
+
 def calibrate(args: Namespace) -> None:
     """Quantize a model, calibrate it on its own trajectory, and save it as a folder."""
-    model, scheduler = tdq.load_model(args.model, scheduler=args.scheduler)
+    from tdq_utils.lab.protocol import Protocol
+
+    model, scheduler = _load(args)
     tdq.quantize(model, args.weights, args.activations, args.method, split_skips=args.split_skips)
-    tdq.calibrate(model, scheduler, range(args.first_seed, args.first_seed + args.images), args.steps,
-                  reconstruct=args.reconstruct, weights_method=args.weights_method)  # fmt: skip
+    seeds = range(args.first_seed, args.first_seed + args.images)
+    asking = Protocol(guidance=args.guidance, classes=args.classes).asking(model, seeds)
+    tdq.calibrate(model, scheduler, seeds, args.steps, reconstruct=args.reconstruct, weights_method=args.weights_method, **asking)
     tdq.save_quantized(model, args.out)
     print(f"W{args.weights}A{args.activations}, {args.method}: {args.out}; read it with load_quantized({str(args.out)!r})")
 
@@ -83,8 +90,7 @@ def reproduce(args: Namespace) -> None:
         "trials": partial(trials.trial_jobs, args.iterations or 150),
     }
     jobs, state = jobs_of[args.table](), engine.processes()
-    dtype = DTYPES[args.dtype]
-    model, scheduler = tdq.load_model(args.model, state.device if state.device.type == "cuda" else None, args.scheduler, dtype)
+    model, scheduler = _load(args, state.device if state.device.type == "cuda" else None)
     protocol = engine.Protocol(Reference(args.data, args.root, args.download), args.guidance, args.classes)
     out = Path(str(args.out).replace("TABLE", args.table + "-quick" * args.quick))
     images = args.images or (128 if args.quick else 256 if args.table in ("quickstart", "trials") else 1000)
@@ -117,7 +123,7 @@ def bench(args: Namespace) -> None:
     """Cost of profiling, of simulation and of integers, as ratios; time by kind of work; memory."""
     from tdq_utils.lab import bench
 
-    model, scheduler = tdq.load_model(args.model, scheduler=args.scheduler)
+    model, scheduler = _load(args)
     variants = bench.integer_variants(model, scheduler, args.steps)
     how = dict(images=args.images, steps=args.steps)
     tables = {"bench.csv": bench.bench_integer(variants, scheduler, repeats=args.repeats, **how)}
@@ -143,6 +149,7 @@ def parser() -> ArgumentParser:
         if model:
             sub.add_argument("--model", default="fashion-mnist", help="short name, folder or hub id")
             sub.add_argument("--scheduler", help="DDIM, or another of diffusers (default: the model's own)")
+            sub.add_argument("--dtype", choices=list(DTYPES)[1:], help="of weights (default: as stored)")
         return sub
 
     command(demo, "runs", model=False)
@@ -163,6 +170,7 @@ def parser() -> ArgumentParser:
     sub.add_argument("--reconstruct", default="input", help="input, block or noise: the error that learned step sizes descend")
     sub.add_argument("--split-skips", action="store_true", help="quantize the halves of concatenated skip inputs apart")
     sub.add_argument("--weights-method", help="adaround: learn how each weight is rounded (default: to the nearest level)")
+    _asking_options(sub)
     _reproduce_options(command(reproduce, "runs/TABLE.csv"))
     _numbers(command(bench, "runs/bench"), repeats=(15, "timed rounds"), images=(64, "a batch"), steps=(5, "of a timed run"))
     return top
@@ -172,6 +180,11 @@ def _numbers(sub: Any, **options: tuple[int | None, str]) -> None:
     """Options that are whole numbers: ``name=(default, help)``."""
     for name, (default, what) in options.items():
         sub.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=what)
+
+
+def _asking_options(sub: Any) -> None:
+    sub.add_argument("--classes", type=int, help="classes that images go through, seed by seed (default: the model's)")
+    sub.add_argument("--guidance", type=float, help="w of classifier-free guidance (default: none)")
 
 
 def _reproduce_options(sub: ArgumentParser) -> None:
@@ -189,9 +202,7 @@ def _reproduce_options(sub: ArgumentParser) -> None:
     other.add_argument("--data", default="fashion-mnist", help="what distances compare with: fashion-mnist, cifar10, or a folder")
     other.add_argument("--root", help="folder with the official files of --data")
     other.add_argument("--download", action="store_true", help="fetch missing files of --data")
-    other.add_argument("--classes", type=int, help="classes that images go through, seed by seed (default: the model's)")
-    other.add_argument("--guidance", type=float, help="w of classifier-free guidance (default: none)")
-    other.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of weights (default: as stored)")
+    _asking_options(other)
     few = sub.add_argument_group("quickstart")
     few.add_argument("--methods", nargs="*", help="how step sizes are chosen (default: minmax, mse, learned, table, tdq)")
     few.add_argument("--weights", type=int, help="bits (default: 8)")

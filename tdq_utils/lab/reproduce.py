@@ -131,6 +131,9 @@ class Workbench:
         """TDQError before any work: an unknown engine, too few images, seeds that are calibrated on and evaluated."""
         if self.engine not in ENGINES:
             raise TDQError(f"engine must be one of {', '.join(ENGINES)}; got {self.engine!r}.")
+        if self.engine == "integer" and self.device.type != "cpu":
+            raise TDQError(f"engine='integer' runs on the CPU; this model is on {self.device}. Pass --engine compiled, or "
+                           "hide the GPU: CUDA_VISIBLE_DEVICES= .")  # fmt: skip
         if len(self.seeds) <= (width := feature_extractor(self.features, self.device).num_features):
             raise TDQError(f"images must exceed the {width} features of the {self.features}; got {len(self.seeds)}.")
         noise = {repeat * SEEDS + seed for repeat in {job.repeat for job in jobs} for seed in self.seeds}

@@ -134,6 +134,13 @@ def test_what_cannot_be_compared_is_refused_before_any_work(unet, scheduler, tmp
     assert not out.parent.exists()
 
 
+def test_integer_kernels_are_the_cpus(unet, scheduler, tmp_path):
+    bench = engine.Workbench(unet, scheduler, range(65), tmp_path, engine="integer")
+    bench.device = torch.device("cuda")
+    with pytest.raises(TDQError, match="engine='integer' runs on the CPU; this model is on cuda. Pass --engine compiled"):
+        bench.check(JOBS)
+
+
 def test_guidance_without_a_known_null_label_is_refused(unet, pictures):
     classes = UNet2DModel(**{**unet.config, "num_class_embeds": 4})
     with pytest.raises(TDQError, match="negative must name the null label"):

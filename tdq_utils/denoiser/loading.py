@@ -40,6 +40,9 @@ def load_model(name: str | Path = "fashion-mnist", device: str | torch.device | 
     if not source.is_dir() and (str(name) in CATALOGUE or len(Path(name).parts) != 2 or Path(name).is_absolute()):
         raise DataError(f"load_model takes one of {', '.join(CATALOGUE)}, an existing folder in diffusers' layout, or a hub id "
                         f"'owner/name'; got {str(name)!r}, and {source} is no folder.")  # fmt: skip
+    if (source / "transformer_2").is_dir():
+        raise DataError(f"load_model gives one denoiser; {source} has two that share a trajectory. Load its pipeline, and record "
+                        "and quantize each: record(pipe.transformer), record(pipe.transformer_2).")  # fmt: skip
     model, own = _load(source if source.is_dir() else str(name), dtype)
     chosen = scheduler_like(own, scheduler) if scheduler else own
     flat = not any(parameter.dim() == 5 for parameter in model.parameters())  # that format knows four axes

@@ -126,6 +126,12 @@ def test_a_folder_that_lacks_a_part_says_what_to_save(folder, tmp_path, there):
         load_model(tmp_path / "part")
 
 
+def test_two_denoisers_are_not_taken_for_one(folder):
+    (folder / "transformer_2").mkdir()
+    with pytest.raises(DataError, match="has two that share a trajectory. Load its pipeline"):
+        load_model(folder)
+
+
 def test_a_model_of_no_class_of_diffusers(folder):
     (folder / "unet" / "config.json").write_text('{"model_type": "clip"}')
     with pytest.raises(DataError, match=r"denoiser of .* must be of a class of diffusers; its config\.json names None"):

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import tdq_utils as tdq
 from tdq_utils.errors import TDQError
 
@@ -16,6 +18,7 @@ SHOWN = ("question", "variant", "steps", "method", "weights_method", "weights", 
 BELONGS = {"quick": "ptq, qat", "steps": "quickstart, ptq, qat", "iterations": "qat, trials",
            **dict.fromkeys(("methods", "weights", "activations", "picture"), "quickstart")}  # fmt: skip
 
+DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TRAININGS = {
     "train-unet": ("Train the shipped denoiser.", "iterations", 5400),
     "train-dit": ("Train the second denoiser that ships, a transformer with classes.", "iterations", 8000),
@@ -49,12 +52,19 @@ def train(args: Namespace) -> None:
     print(f"EMA weights: {found}" if isinstance(found, Path) else f"Test accuracy {found:.4f}; written to {args.out}")
 
 
+def _load(args: Namespace, device: Any = None) -> tuple[Any, Any]:
+    return tdq.load_model(args.model, device, args.scheduler, DTYPES[args.dtype])
+
+
 def calibrate(args: Namespace) -> None:
     """Quantize a model, calibrate it on its own trajectory, and save it as a folder."""
-    model, scheduler = tdq.load_model(args.model)
+    from tdq_utils.lab.protocol import Protocol
+
+    model, scheduler = _load(args)
     tdq.quantize(model, args.weights, args.activations, args.method, split_skips=args.split_skips)
-    tdq.calibrate(model, scheduler, range(args.first_seed, args.first_seed + args.images), args.steps,
-                  reconstruct=args.reconstruct, weights_method=args.weights_method)  # fmt: skip
+    seeds = range(args.first_seed, args.first_seed + args.images)
+    asking = Protocol(guidance=args.guidance, classes=args.classes).asking(model, seeds)
+    tdq.calibrate(model, scheduler, seeds, args.steps, reconstruct=args.reconstruct, weights_method=args.weights_method, **asking)
     tdq.save_quantized(model, args.out)
     print(f"W{args.weights}A{args.activations}, {args.method}: {args.out}; read it with load_quantized({str(args.out)!r})")
 
@@ -62,6 +72,7 @@ def calibrate(args: Namespace) -> None:
 def reproduce(args: Namespace) -> None:
     """Measure a table; a row that is there already is not measured again."""
     from tdq_utils.lab import reproduce as engine
+    from tdq_utils.lab.protocol import Reference
     from tdq_utils.lab.tables import ablations, ptq, qat, quickstart, trials
 
     for option, tables in BELONGS.items():
@@ -79,17 +90,18 @@ def reproduce(args: Namespace) -> None:
         "trials": partial(trials.trial_jobs, args.iterations or 150),
     }
     jobs, state = jobs_of[args.table](), engine.processes()
-    model, scheduler = tdq.load_model(args.model, device=state.device if state.device.type == "cuda" else None)
+    model, scheduler = _load(args, state.device if state.device.type == "cuda" else None)
+    protocol = engine.Protocol(Reference(args.data, args.root, args.download), args.guidance, args.classes)
     out = Path(str(args.out).replace("TABLE", args.table + "-quick" * args.quick))
     images = args.images or (128 if args.quick else 256 if args.table in ("quickstart", "trials") else 1000)
     cache = args.cache or out.parent / "cache"
     table = engine.reproduce(jobs, model, scheduler, out, images, args.batch_size, args.features, cache, args.engine,
-                             args.mix_threads, progress=state.is_main_process)  # fmt: skip
+                             args.mix_threads, state.is_main_process, protocol)  # fmt: skip
     if state.is_main_process:
         shown = table[[name for name in SHOWN if name in table]].to_string(index=False, float_format="%.3g")
         print(f"{shown}\nWritten to {out}")
         if args.table == "qat":
-            qat.add_losses(out.with_name(f"{out.stem}_loss.csv"), jobs, cache, model)
+            qat.add_losses(out.with_name(f"{out.stem}_loss.csv"), jobs, protocol.folder(cache, model, scheduler), model)
         if args.picture:
             _draw(args, model, scheduler, steps)
 
@@ -124,7 +136,7 @@ def bench(args: Namespace) -> None:
     """Cost of profiling, of simulation and of integers, as ratios; time by kind of work; memory."""
     from tdq_utils.lab import bench
 
-    model, scheduler = tdq.load_model(args.model)
+    model, scheduler = _load(args)
     variants = bench.integer_variants(model, scheduler, args.steps)
     how = dict(images=args.images, steps=args.steps)
     tables = {"bench.csv": bench.bench_integer(variants, scheduler, repeats=args.repeats, **how)}
@@ -149,6 +161,8 @@ def parser() -> ArgumentParser:
         sub.add_argument("--out", type=Path, default=Path(out), help="where the results go")
         if model:
             sub.add_argument("--model", default="fashion-mnist", help="short name, folder or hub id")
+            sub.add_argument("--scheduler", help="DDIM, or another of diffusers (default: the model's own)")
+            sub.add_argument("--dtype", choices=list(DTYPES)[1:], help="of weights (default: as stored)")
         return sub
 
     command(demo, "runs", model=False)
@@ -169,6 +183,7 @@ def parser() -> ArgumentParser:
     sub.add_argument("--reconstruct", default="input", help="input, block or noise: the error that learned step sizes descend")
     sub.add_argument("--split-skips", action="store_true", help="quantize the halves of concatenated skip inputs apart")
     sub.add_argument("--weights-method", help="adaround: learn how each weight is rounded (default: to the nearest level)")
+    _asking_options(sub)
     _reproduce_options(command(reproduce, "runs/TABLE.csv"))
     _numbers(command(report, "runs/report"), weights=(8, "bits"), activations=(6, "bits, where one number is shown"),
              images=(32, "trajectories that are recorded"), steps=(20, "of sampling"))  # fmt: skip
@@ -182,6 +197,11 @@ def _numbers(sub: Any, **options: tuple[int | None, str]) -> None:
         sub.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=what)
 
 
+def _asking_options(sub: Any) -> None:
+    sub.add_argument("--classes", type=int, help="classes that images go through, seed by seed (default: the model's)")
+    sub.add_argument("--guidance", type=float, help="w of classifier-free guidance (default: none)")
+
+
 def _reproduce_options(sub: ArgumentParser) -> None:
     sub.add_argument("table", choices=["quickstart", "ptq", "qat", "ablations", "trials"],
                      help="a few intervals; post-training; training; ablations of TDQ; short trials of training")  # fmt: skip
@@ -193,6 +213,11 @@ def _reproduce_options(sub: ArgumentParser) -> None:
     sub.add_argument("--features", default="classifier", help="classifier (FCD) or inception (FID; needs the extra of that name)")
     sub.add_argument("--engine", default="eager", help="eager, compiled: simulation; integer: int8; the last two need g++")
     sub.add_argument("--mix-threads", action="store_true", help="add to rows of another number of threads")
+    other = sub.add_argument_group("other models")
+    other.add_argument("--data", default="fashion-mnist", help="what distances compare with: fashion-mnist, cifar10, or a folder")
+    other.add_argument("--root", help="folder with the official files of --data")
+    other.add_argument("--download", action="store_true", help="fetch missing files of --data")
+    _asking_options(other)
     few = sub.add_argument_group("quickstart")
     few.add_argument("--methods", nargs="*", help="how step sizes are chosen (default: minmax, mse, learned, table, tdq)")
     few.add_argument("--weights", type=int, help="bits (default: 8)")

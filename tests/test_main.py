@@ -10,11 +10,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 
 import tdq_utils as tdq
 from tdq_utils.__main__ import main, parser
 from tdq_utils.lab import reproduce as engine
 from tdq_utils.lab import training
+from tdq_utils.lab.protocol import Protocol, Reference
 from tdq_utils.lab.tables import qat, quickstart
 
 
@@ -101,6 +103,34 @@ def test_the_command_of_a_table_measures_its_jobs(table, out, images, monkeypatc
     assert call["out"] == Path("runs") / out and call["cache"] == Path("runs/cache") and call["images"] == images
     assert call["mix_threads"] and len(set(call["jobs"])) == len(call["jobs"]) >= 12
     assert "mse    1\nWritten to" in capsys.readouterr().out
+
+
+def test_other_models_are_loaded_and_measured_as_asked(monkeypatch, tmp_path):
+    loaded, signature, measured = [], inspect.signature(tdq.load_model), []
+    original = tdq.load_model
+    monkeypatch.setattr(tdq, "load_model", lambda *args: loaded.append(signature.bind(*args).arguments) or original())
+    measure = lambda *args: measured.append(inspect.signature(reproduce).bind(*args).arguments) or pd.DataFrame()  # noqa: E731
+    reproduce = engine.reproduce
+    monkeypatch.setattr(engine, "reproduce", measure)
+    options = "--data cifar10 --root somewhere --download --classes 10 --guidance 1.5 --dtype bfloat16 --scheduler ddim"
+    assert main(["reproduce", "ptq", "--model", "owner/name", *options.split(), "--features", "inception"]) == 0
+    (call,), (model,) = measured, loaded
+    assert (model["name"], model["scheduler"], model["dtype"]) == ("owner/name", "ddim", torch.bfloat16)
+    assert call["protocol"] == Protocol(Reference("cifar10", "somewhere", True), 1.5, 10) and call["features"] == "inception"
+    loaded.clear()
+    main(["reproduce", "ptq"])
+    assert measured[1]["protocol"] == Protocol() and loaded[0]["dtype"] is None and loaded[0]["scheduler"] is None
+
+
+def test_a_guided_model_with_classes_is_calibrated(tmp_path):
+    sizes = dict(sample_size=8, in_channels=1, out_channels=1, patch_size=2, num_layers=1, norm_num_groups=1)
+    dit = DiTTransformer2DModel(**sizes, num_attention_heads=2, attention_head_dim=4, num_embeds_ada_norm=5)
+    dit.save_pretrained(tmp_path / "dit" / "transformer")
+    FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path / "dit" / "scheduler")
+    options = "--method mse --images 4 --steps 2 --guidance 2 --dtype bfloat16"
+    assert main(["calibrate", "--model", str(tmp_path / "dit"), *options.split(), "--out", str(tmp_path / "out")]) == 0
+    model = tdq.load_quantized(tmp_path / "out")
+    assert model.quantization.method == "mse" and type(model) is DiTTransformer2DModel
 
 
 def test_the_quickstart_takes_methods_and_bits(monkeypatch):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from tdq_utils.denoiser.files import write_arrays
 from tdq_utils.errors import DataError, TDQError
 from tdq_utils.method.grid import Grid, mse_step, squared_error
 
@@ -156,11 +157,3 @@ class Profile:
             return profile
         except Exception as error:
             raise DataError(f"{path} must be a profile as Profile.save writes it; got {error!r}. Record it again.") from error
-
-
-def write_arrays(path: str | Path, **arrays: Any) -> None:
-    """Write an npz under exactly this name, beside its place first, so that a stop leaves the old file or the new."""
-    part = Path(f"{path}.part")
-    with open(part, "wb") as file:
-        np.savez_compressed(file, **arrays)
-    part.replace(path)

@@ -103,7 +103,7 @@ def sample_batches(model: Any, scheduler: Any, seeds: Seeds, steps: int = 50, ba
     seeds, batch_size, scheduling = checked_seeds(seeds), checked_whole("batch_size", batch_size, 1), scheduling or {}
     if getattr(model, "training", False):
         raise TDQError("Sampling takes a model in eval mode; this one is in training mode. Call model.eval().")
-    ask, shape, starts = asker(model, len(seeds), **asking), shape or _shape(model), range(0, len(seeds), batch_size)
+    ask, shape, starts = asker(model, len(seeds), **asking), shape or image_shape(model), range(0, len(seeds), batch_size)
     total = len(timesteps(scheduler, steps, **scheduling)) * len(starts)
     with tqdm(total=total, desc="sample", disable=not progress, leave=False) as bar:
         for start in starts:
@@ -133,14 +133,14 @@ def asker(model: nn.Module, n: int, condition: Condition = None, negative: Condi
     return ask
 
 
-def rows_of(given: Condition, n: int, what: str) -> Callable[[list[int]], dict[str, Any]]:
+def rows_of(given: Condition, n: int, what: str, each: str = "seeds") -> Callable[[list[int]], dict[str, Any]]:
     """A function of row numbers that gives the conditions for these rows. TDQError: a tensor has neither 1 nor ``n`` rows."""
     if callable(given):
         return given
 
     def check(tensor: Tensor) -> Tensor:
         if not tensor.dim() or len(tensor) not in (1, n):
-            raise TDQError(f"{what} must have one row for each of the {n} seeds, or one for all; got a tensor "
+            raise TDQError(f"{what} must have one row for each of the {n} {each}, or one for all; got a tensor "
                            f"{tuple(tensor.shape)}. For what has no rows, pass a function of row numbers.")  # fmt: skip
         return tensor
 
@@ -148,7 +148,8 @@ def rows_of(given: Condition, n: int, what: str) -> Callable[[list[int]], dict[s
     return lambda rows: each_tensor(lambda v: v[rows] if len(v) == n else v.expand(len(rows), *v.shape[1:]), given)
 
 
-def _shape(model):
+def image_shape(model: nn.Module) -> tuple[int, ...]:
+    """Of one image or latent that the model makes, by its config. TDQError: that does not tell it."""
     size, kinds = getattr(model.config, "sample_size", None), {type(module) for module in model.modules()}
     if size is None or nn.Conv3d in kinds:
         raise TDQError(f"shape must be given where the config does not tell it, as in a {type(model).__name__}; got none. "

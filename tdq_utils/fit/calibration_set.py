@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tdq_utils.denoiser.call import each_tensor, joined
+from tdq_utils.denoiser.files import write_arrays
 from tdq_utils.denoiser.loading import fingerprint
-from tdq_utils.denoiser.profile import write_arrays
 from tdq_utils.denoiser.sampling import asker, checked_seeds, sample, timesteps
 from tdq_utils.errors import DataError, TDQError
 from tdq_utils.fit.quantize import full_precision

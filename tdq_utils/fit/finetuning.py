@@ -11,10 +11,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from tdq_utils.denoiser.loading import fingerprint
+from tdq_utils.denoiser.sampling import Condition, checked_seeds, rows_of
 from tdq_utils.errors import TDQError, check
 from tdq_utils.fit.calibration import calibrate
 from tdq_utils.fit.calibration_set import check_eval
-from tdq_utils.fit.loop import Trainer, denoising_loss, state_path
+from tdq_utils.fit.loop import Trainer, denoising_loss, objective, state_path
 from tdq_utils.fit.quantize import activation_quantizers, checked_state, quantize, quantized_layers, restore
 from tdq_utils.method.generator import StepGenerator
 from tdq_utils.method.rules import PACT_DECAY, RULES, pact
@@ -34,39 +35,39 @@ def finetune(model: nn.Module, scheduler: Any, images: torch.Tensor, method: str
              activations: int | None = 4, iterations: int = 600, batch: int = 64, rate: float = 6e-4,
              step_rate: float = STEP_RATE, generator_rate: float = GENERATOR_RATE, warmup: int = 50, clip: float = 1.0,
              ema_decay: float = 0.99, distill: float = 0.0, seed: int = 0, split_skips: bool = False,
-             decay: float = PACT_DECAY, out: str | Path | None = None, progress: bool = True,
+             decay: float = PACT_DECAY, condition: Condition = None, out: str | Path | None = None, progress: bool = True,
              **calibration: Any) -> list[float]:  # fmt: skip
-    """Quantize a full-precision model, calibrate it, and train it on the ordinary denoising loss, in place.
+    """Quantize a full-precision model, calibrate it, and train it, in place, on the loss of what its scheduler says it predicts.
 
     AdamW; linear warm-up, cosine fall to zero; all random numbers follow from ``seed``. Returns the loss of each iteration.
 
     Args:
-        model, scheduler: full precision, evaluation mode; :func:`tdq_utils.fit.quantize.restore` gives it back bit for bit.
-        images: training images ``"image channel height width"`` in [-1, 1].
+        model: full precision, evaluation mode; ``restore`` gives it back. images: ``"image channel height width"`` in [-1, 1].
         method: for activations: ``"pact"``, ``"lsq"``, ``"nipq"`` (:mod:`tdq_utils.method.rules`) with a learned constant a
             layer; ``"tdq"``, ``"tdq-pact"``, ``"tdq-nipq"``: with a generator s(t) instead. Steps of weights learn by LSQ.
-        weights, activations: bits. iterations, batch, warmup: of training. clip: norm of the gradient.
+        weights, activations, split_skips: as for ``quantize``. iterations, batch, warmup: of training. clip: gradient norm.
         rate: of weights and of the logarithms of their steps. step_rate: relative to it, of the logarithms of activations'
             constants, and of the factor of each s(t) (:meth:`tdq_utils.method.generator.StepGenerator.learn_scale`; 0: none).
         generator_rate: of generators' networks, relative to ``rate``. ema_decay: of the average that the model ends as.
         distill: share of the loss that is the error against the full-precision prediction, 0 to 1. decay: of PACT's alpha.
-        out: folder for the state, saved every minute; a run found there goes on, with the same losses bit for bit.
-        split_skips: as for ``quantize``. calibration: ``data``, ``profile``, ... of :func:`tdq_utils.fit.calibration.calibrate`.
+        condition: as for ``sample``, a row an image; calibration samples with the first. For guidance, let some be the null one.
+        out: folder for the state, saved every minute; a run found there goes on, bit for bit. calibration: of ``calibrate``.
 
-    TDQError: unknown method, quantized model, a setting out of range, an ``out`` that holds a run with others, a loss that is
-    not finite (the last good state stays on disk). Whatever stops it, the model is the full-precision one again.
+    TDQError: unknown method or prediction type, quantized model, a setting out of range, an ``out`` that holds a run with others,
+    a loss that is not finite (the last good state stays). Whatever stops it, the model is the full-precision one again.
     """
     path = _checked({name: value for name, value in locals().items() if name not in ("out", "progress")}, out)
-    teacher: dict[str, Any] = dict(teacher=copy.deepcopy(model), distill=distill) if distill else {}
+    more: dict[str, Any] = dict(condition=condition) if condition else {}
+    more |= dict(teacher=copy.deepcopy(model), distill=distill) if distill else {}
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     rule, source = FINETUNED[method]
     quantize(model, weights, activations, source, split_skips=split_skips)
     checked_state(model).before = before
     try:
-        calibrate(model, scheduler, progress=progress, seed=seed, **calibration)
+        calibrate(model, scheduler, progress=progress, seed=seed, **_sampling(calibration, condition, len(images)))
         _learn(model, partial(pact, decay=decay) if rule == "pact" else RULES[rule], step_rate > 0)
         trainer = Trainer(model, torch.optim.AdamW(_groups(model, rate, step_rate, generator_rate)), ema_decay, path, clip)
-        loss_of = partial(denoising_loss, model, images.to(next(model.parameters()).device), scheduler, batch, **teacher)
+        loss_of = partial(denoising_loss, model, images.to(next(model.parameters()).device), scheduler, batch, **more)
         rate_of = lambda i: min((i + 1) / warmup, (1 + math.cos(math.pi * i / iterations)) / 2)  # noqa: E731
         losses = trainer.run(loss_of, rate_of, iterations, seed, "finetune", progress)
     except BaseException:
@@ -86,11 +87,24 @@ def _checked(given, out):
         check(kind, **{name: given[name]})
     model, scheduler = given["model"], given["scheduler"]
     check_eval(model)
+    objective(scheduler)
+    rows_of(given["condition"], len(given["images"]), "condition", "images")
+    if not given["condition"]:
+        del given["condition"]  # as in the settings of runs from before there were any
     if FINETUNED[given["method"]][0] != "pact":
         given["decay"] = None
     config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
     given |= dict(model=fingerprint(model), scheduler={"class": type(scheduler).__name__, **config})
     return state_path(out, given) if out else None
+
+
+def _sampling(calibration, condition, n):
+    """Arguments of calibration, which samples with the conditions of the first images unless it is told what to see."""
+    if not condition or calibration.keys() & {"data", "profile", "condition"}:
+        return calibration
+    seeds = checked_seeds(calibration.get("seeds") or range(64))
+    rows = rows_of(condition, n, "condition", "images")([i % n for i in range(len(seeds))])
+    return calibration | dict(seeds=seeds, condition=rows)
 
 
 class _Exp(nn.Module):

@@ -14,7 +14,19 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
+from tdq_utils.denoiser.call import predict, tell
+from tdq_utils.denoiser.files import beside
+from tdq_utils.denoiser.loading import matches_flow
+from tdq_utils.denoiser.sampling import Condition, rows_of
+from tdq_utils.denoiser.trajectory import Asked
 from tdq_utils.errors import DataError, TDQError
+
+# prediction_type -> target, of x_0, eps and their factors in x_t
+TARGETS: dict[str, Callable[..., torch.Tensor]] = {
+    "epsilon": lambda x_0, eps, a, b: eps,
+    "sample": lambda x_0, eps, a, b: x_0,
+    "v_prediction": lambda x_0, eps, a, b: a * eps - b * x_0,
+}
 
 
 def iteration_generator(seed: int, iteration: int) -> torch.Generator:
@@ -22,23 +34,63 @@ def iteration_generator(seed: int, iteration: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 10_000_000 + iteration)
 
 
-def denoising_loss(forward: Callable, images: torch.Tensor, scheduler: Any, batch: int, generator: torch.Generator,
-                   teacher: Callable | None = None, distill: float = 0.0) -> torch.Tensor:  # fmt: skip
-    """The ordinary DDPM loss (Ho et al. 2020, eq. 14): mean squared error of the predicted noise.
+def objective(scheduler: Any) -> str:
+    """What a model of this scheduler is trained to predict: a key of ``TARGETS``, or "flow". TDQError: the kit knows no loss."""
+    kind = "flow" if matches_flow(scheduler) else scheduler.config.get("prediction_type")
+    if kind != "flow" and (kind not in TARGETS or not hasattr(scheduler, "alphas_cumprod")):
+        raise TDQError(f"Training knows schedulers of flow matching, and those with alphas_cumprod and a prediction_type of "
+                       f"{', '.join(TARGETS)}; got {type(scheduler).__name__} with {kind!r}. Pass the model's own.")  # fmt: skip
+    return kind
 
-    With a ``teacher``, ``distill`` of it (0 to 1) is the error against what the teacher predicts from the same input.
-    """
+
+def drawn(scheduler: Any, images: torch.Tensor, batch: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    """What is random in a batch: which images; how noisy: t or, for flow, sigma (logit-normal: Esser et al. 2024); noise."""
     pick = torch.randint(len(images), (batch,), generator=generator)
-    t = torch.randint(scheduler.config.num_train_timesteps, (batch,), generator=generator)
-    eps = torch.randn(batch, *images.shape[1:], generator=generator)
-    x_0, t, eps = (v.to(images.device) for v in (images[pick.to(images.device)], t, eps))
-    x_t = scheduler.add_noise(x_0, eps, t).contiguous(memory_format=torch.channels_last)
-    predicted = forward(x_t, t).sample
+    if matches_flow(scheduler):
+        level = torch.randn(batch, generator=generator).sigmoid()
+    else:
+        level = torch.randint(scheduler.config.num_train_timesteps, (batch,), generator=generator)
+    return pick, level, torch.randn(batch, *images.shape[1:], generator=generator)
+
+
+def noised(scheduler: Any, x_0: torch.Tensor, level: torch.Tensor, eps: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """``(x_t, t, target)`` of images at the levels that were :func:`drawn`; target: what the model should predict.
+
+    Flow matching: ``x_t = (1 - sigma) x_0 + sigma eps``, the target is ``eps - x_0``. Else ``x_t = a x_0 + b eps`` with
+    ``a^2 = alphas_cumprod``, ``b^2 = 1 - a^2``: as DDPM adds noise, whatever sampler shares its config; ``v = a eps - b x_0``."""
+    kind, wide = objective(scheduler), lambda values: values.view(-1, *[1] * (x_0.dim() - 1))
+    if kind == "flow":
+        sigma = wide(level)
+        return (1 - sigma) * x_0 + sigma * eps, scheduler.config.num_train_timesteps * level, eps - x_0
+    alphas = wide(scheduler.alphas_cumprod.to(x_0.device, x_0.dtype)[level])
+    a, b = alphas**0.5, (1 - alphas) ** 0.5
+    return a * x_0 + b * eps, level, TARGETS[kind](x_0, eps, a, b)
+
+
+def denoising_loss(model: nn.Module, images: torch.Tensor, scheduler: Any, batch: int, generator: torch.Generator,
+                   teacher: nn.Module | None = None, distill: float = 0.0, condition: Condition = None
+                   ) -> torch.Tensor:  # fmt: skip
+    """Mean squared error of what the model predicts: noise (Ho et al. 2020, eq. 14), v, image or velocity, by its scheduler.
+
+    Of a model that predicts a variance, too, the mean is trained. With a ``teacher``, ``distill`` of the loss (0 to 1) is the
+    error against what the teacher predicts from the same input. ``condition``: further arguments of the model, a row an image.
+    """
+    pick, level, eps = drawn(scheduler, images, batch, generator)
+    x_0, level, eps = (v.to(images.device) for v in (images[pick.to(images.device)], level, eps))
+    x_t, t, target = noised(scheduler, x_0, level, eps)
+    given = Asked(model, rows_of(condition, len(images), "condition", "images")(pick.tolist()))
+    x_t = given.input(x_t.contiguous(memory_format=torch.channels_last) if x_t.dim() == 4 else x_t)
+
+    def mean(net: nn.Module) -> torch.Tensor:
+        found = predict(net, x_t, tell(net, t), given.condition).float()
+        return found.chunk(2, dim=1)[0] if found.shape[1] == 2 * target.shape[1] else found
+
+    predicted = mean(model)
     if teacher is None:
-        return F.mse_loss(predicted, eps)
+        return F.mse_loss(predicted, target)
     with torch.no_grad():
-        taught = teacher(x_t, t).sample
-    return (1 - distill) * F.mse_loss(predicted, eps) + distill * F.mse_loss(predicted, taught)
+        taught = mean(teacher)
+    return (1 - distill) * F.mse_loss(predicted, target) + distill * F.mse_loss(predicted, taught)
 
 
 def descend(loss_of: Callable[[int], torch.Tensor], parameters: list[nn.Parameter], iterations: int, rate: float,
@@ -86,6 +138,9 @@ class Trainer:
         """
         (start, log), saved = self._load(), time.monotonic()
         self.model.train()
+        for module in self.model.modules():
+            if type(module).__name__ == "LabelEmbedding":  # each would drop labels of its own, whatever the condition says
+                module.eval()
         bar = tqdm(range(start, iterations), title, iterations, initial=start, disable=not progress, leave=False, mininterval=2)
         for i in bar:
             for group in self.optimizer.param_groups:
@@ -120,9 +175,8 @@ class Trainer:
 
     def _save(self, iteration, log):
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        beside = self.path.with_suffix(".part")
-        torch.save({"iteration": iteration, "log": log, **state}, beside)
-        beside.replace(self.path)  # a kill leaves the old state or the new, never half
+        with beside(self.path) as part:
+            torch.save({"iteration": iteration, "log": log, **state}, part)
 
     def _load(self):
         if self.path is None or not self.path.exists():
@@ -143,7 +197,8 @@ def state_path(out: str | Path, settings: dict[str, Any]) -> Path:
     settings = json.loads(json.dumps(described(settings), default=repr))
     if not state.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(settings, indent=1) + "\n")
+        with beside(kept) as part:
+            part.write_text(json.dumps(settings, indent=1) + "\n")
         return state
     other = json.loads(kept.read_text()) if kept.exists() else {}
     for name in {**settings, **other}:

@@ -20,7 +20,8 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from tdq_utils.denoiser.loading import DATA
 from tdq_utils.errors import DataError, TDQError
-from tdq_utils.lab.datasets import load_images, to_uint8
+from tdq_utils.lab.datasets import to_uint8
+from tdq_utils.lab.protocol import Reference
 
 CLASSIFIER = DATA / "models" / "classifier"
 
@@ -86,21 +87,26 @@ class InceptionFeatures(nn.Module):
         return features @ self.net.fc.weight.T
 
 
+DEFAULT = Reference()
 FEATURES: dict[str, Callable[[], Any]] = {"classifier": load_classifier, "inception": InceptionFeatures}
 
 
-def feature_extractor(features: str = "classifier") -> FeatureClassifier | InceptionFeatures:
-    """An extractor by name: ``"classifier"`` (ships; gives the FCD) or ``"inception"`` (gives the FID). TDQError: another."""
+@cache
+def feature_extractor(features: str = "classifier", device: str | torch.device = "cpu") -> FeatureClassifier | InceptionFeatures:
+    """An extractor by name: ``"classifier"`` (ships; gives the FCD) or ``"inception"`` (gives the FID); built once on a device.
+
+    TDQError: another name."""
     if features not in FEATURES:
         raise TDQError(f"features must be one of {', '.join(FEATURES)}; got {features!r}.")
-    return FEATURES[features]()
+    return FEATURES[features]().to(device)
 
 
 @torch.no_grad()
 def extract_features(images: Tensor, classifier: Callable[[Tensor], Tensor] | None = None, batch_size: int = 500) -> Tensor:
     """Features ``"image feature"`` float64 (default: the shipped classifier's) of images in [-1, 1], rounded to 8 bits first."""
     classifier, parts = classifier or load_classifier(), to_uint8(images).float().div_(127.5).sub_(1).split(batch_size)
-    return torch.cat([classifier(part).double() for part in parts])
+    device = next(classifier.parameters()).device if isinstance(classifier, nn.Module) else images.device
+    return torch.cat([classifier(part.to(device)).cpu().double() for part in parts])
 
 
 class Statistics:
@@ -173,19 +179,31 @@ def _measured(kind: type[Metric], updates: list[tuple], seed: int, **options: An
 
 
 @cache
-def reference_features(features: str = "classifier") -> Tensor:
-    """Features of the 10,000 test images, float32 ``"image feature"``: what the KID compares with."""
-    return extract_features(load_images(split="test"), feature_extractor(features)).float()
+def reference_features(
+    features: str = "classifier", reference: Reference = DEFAULT, device: str | torch.device = "cpu"
+) -> Tensor:
+    """Features of a reference set (default: the 10,000 test images), float32 ``"image feature"``: what the KID compares with."""
+    return extract_features(reference.images(), feature_extractor(features, device)).float()
+
+
+@cache
+def _reference_statistics(features: str, reference: Reference, device: str | torch.device) -> Statistics:
+    if (features, reference) == ("classifier", DEFAULT):
+        return Statistics.load()
+    return Statistics.of(reference_features(features, reference, device))
 
 
 class Distances:
-    """All distances of a stream of images to the test images and, pair by pair, to full precision. Keeps features alone.
+    """All distances of a stream of images to a reference set and, pair by pair, to full precision. Keeps features alone.
 
     ``features``: of :func:`feature_extractor`; ``clean``: full-precision images of the same seeds, in the same order, or none;
-    ``kernel``: whether the kernel distance and the inception score are wanted beside the Frechet distance."""
+    ``kernel``: whether the kernel distance and the inception score are wanted beside the Frechet distance; ``reference``:
+    default: the test images of Fashion-MNIST; ``device``: where features are extracted."""
 
-    def __init__(self, features: str = "classifier", clean: Tensor | None = None, kernel: bool = True) -> None:
-        self.name, self.clean, self.kernel, self.extractor = features, clean, kernel, feature_extractor(features)
+    def __init__(self, features: str = "classifier", clean: Tensor | None = None, kernel: bool = True,
+                 reference: Reference = DEFAULT, device: str | torch.device = "cpu") -> None:  # fmt: skip
+        self.clean, self.kernel, self.extractor = clean, kernel, feature_extractor(features, device)
+        self.compared = features, reference, device
         self.frechet = "fcd" if features == "classifier" else "fid"
         self.features, self.errors = list[Tensor](), list[Tensor]()
 
@@ -201,11 +219,11 @@ class Distances:
         """By name: ``fcd`` (or ``fid``); ``kid``, ``kid_se`` (standard error) and ``inception_score``; and, with pairs, ``mse``,
         ``mse_se`` and ``psnr`` (dB) of pixels. TDQError: not more images than features."""
         features = torch.cat(self.features)
-        statistics = Statistics.load() if self.name == "classifier" else Statistics.of(reference_features(self.name))
-        found = {self.frechet: frechet_distance(Statistics.of(features), statistics)}
+        found = {self.frechet: frechet_distance(Statistics.of(features), _reference_statistics(*self.compared))}
         if self.kernel:
-            found["kid"], found["kid_se"] = kernel_distance(features, reference_features(self.name))
-            found["inception_score"], _ = inception_score(self.extractor.scores(features))
+            found["kid"], found["kid_se"] = kernel_distance(features, reference_features(*self.compared))
+            scores = self.extractor.scores(features.to(self.compared[2]))
+            found["inception_score"], _ = inception_score(scores.cpu())
         if self.errors:
             error = torch.cat(self.errors)
             found |= dict(mse=error.mean().item(), mse_se=(error.std() / len(error) ** 0.5).item())

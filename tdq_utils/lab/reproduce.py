@@ -17,6 +17,8 @@ from diffusers import SchedulerMixin
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from tdq_utils.denoiser.call import device_of
+from tdq_utils.denoiser.files import beside
 from tdq_utils.denoiser.loading import fingerprint
 from tdq_utils.denoiser.profile import Profile
 from tdq_utils.denoiser.sampling import sample_batches
@@ -24,19 +26,20 @@ from tdq_utils.errors import TDQError
 from tdq_utils.fit.calibration import profile_set
 from tdq_utils.fit.calibration_set import CalibrationSet
 from tdq_utils.fit.quantize import DYNAMIC, freeze, restore
-from tdq_utils.lab.datasets import load_images
 from tdq_utils.lab.fid import Distances, feature_extractor
-from tdq_utils.lab.results import Row, Table, beside, read_rows
+from tdq_utils.lab.protocol import Protocol, without_missing
+from tdq_utils.lab.results import Row, Table, read_rows
 from tdq_utils.lab.tables.ptq import SEEDS, Job
 from tdq_utils.run.integer import IntegerRunner
 from tdq_utils.run.runtime import Compiled, Runner
 
+PROTOCOL = Protocol()  # of the shipped tables
 ENGINES: dict[str, type[Runner] | None] = {"eager": None, "compiled": Runner, "integer": IntegerRunner}
 
 
 def reproduce(jobs: Sequence[Job], model: nn.Module, scheduler: SchedulerMixin, out: str | Path, images: int = 1000,
               batch_size: int = 16, features: str = "classifier", cache: str | Path | None = None, engine: str = "eager",
-              mix_threads: bool = False, progress: bool = True) -> pd.DataFrame:  # fmt: skip
+              mix_threads: bool = False, progress: bool = True, protocol: Protocol = PROTOCOL) -> pd.DataFrame:  # fmt: skip
     """Measure the jobs that ``out`` does not hold yet; return all its rows.
 
     Any number of processes, on machines that share a folder, can work on one table: each takes the next job whose row is not
@@ -50,22 +53,24 @@ def reproduce(jobs: Sequence[Job], model: nn.Module, scheduler: SchedulerMixin, 
         engine: what samples the quantized models: ``"eager"``, the simulation; ``"compiled"``, the same; ``"integer"``, int8
             kernels (but simulated where halves of inputs are quantized apart). The last two compile once for all rows.
         mix_threads: add to rows that were measured with another number of threads. progress: show bars.
+        protocol: reference set, classes and guidance; rows of real images are left out where the set has too few others.
 
     TDQError: as :meth:`Workbench.check`; rows in ``out`` of another protocol or other threads. DataError: damage to ``out``."""
     state, cache = processes(), Path(cache or Path(out).parent / "cache")
-    bench = Workbench(model, scheduler, range(images), cache, batch_size, features, engine, progress)
+    bench = Workbench(model, scheduler, range(images), cache, batch_size, features, engine, progress, protocol=protocol)
     bench.check(jobs)
+    jobs = without_missing(jobs, protocol.reference, images)
     table = Table(out, [asdict(job) for job in jobs])
-    protocol = dict(images=images, sampler="DDIM", model=fingerprint(model), features=features)
+    shared = dict(images=images, sampler="", model=fingerprint(model), features=features) | protocol.row(model, scheduler)
     mine = deal(jobs, state.process_index, state.num_processes)  # before looking at what is done: all agree, whoever starts late
-    left = partial(_left, table, mine, protocol, {job.steps for job in jobs}, mix_threads)
+    left = partial(_left, table, mine, shared, {job.steps for job in jobs}, mix_threads)
     with tqdm(total=len(left()), desc=f"reproduce {Path(out).name}", disable=not progress) as bar:
         while todo := left():
             begun = ((job, mark) for job in todo if (mark := table.begin(job.name)))
             job, mark = next(begun, (todo[0], None))  # all are begun elsewhere, maybe by a process that was killed
             bar.set_postfix_str(f"{job.method} W{job.weights}A{job.activations} #{job.repeat}")
             try:
-                table.add({**asdict(job), **protocol, **bench.measure(job)})
+                table.add({**asdict(job), **shared, **bench.measure(job)})
             finally:
                 if mark:
                     mark.unlink(missing_ok=True)
@@ -99,8 +104,9 @@ def _left(table: Table, mine: list[Job], protocol: Row, steps: set[int], mix_thr
         for name, value in shared.items():
             if str(row[name]) != str(value):
                 way = f"Set OMP_NUM_THREADS={row[name]}, pass --mix-threads, or write" if name == "threads" else "Write"
-                raise TDQError(f"All rows of a table must share images, steps, model, features and threads; {table.path} holds "
-                               f"{name} = {row[name]}, this run has {value}. {way} to another --out.")  # fmt: skip
+                raise TDQError(f"All rows of a table must share images, steps, model, features, data, scheduler, guidance and "
+                               f"threads; {table.path} holds {name} = {row[name]}, this run has {value}. {way} to another "
+                               "--out.")  # fmt: skip
     return todo
 
 
@@ -108,12 +114,14 @@ class Workbench:
     """Measures one job after the other; keeps what several share. Arguments as for :func:`reproduce`, and:
 
     ``seeds``: of the noise of repeat 0; those of repeat r are ``SEEDS`` times r greater. ``profile``: what calibration sees,
-    instead of sampling. ``keep``: the images of every job, in ``images``, but no kernel distance and no inception score."""
+    instead of sampling. ``keep``: the images of every job, in ``images``, but no kernel distance and no inception score.
+    What is cached lies in a folder of the ``protocol``, unless that is the one of the shipped tables."""
 
     def __init__(self, model: nn.Module, scheduler: SchedulerMixin, seeds: Sequence[int], cache: Path, batch_size: int = 16,
                  features: str = "classifier", engine: str = "eager", progress: bool = True, profile: Profile | None = None,
-                 keep: bool = False) -> None:  # fmt: skip
-        self.model, self.scheduler, self.seeds, self.cache, self.batch_size = model, scheduler, seeds, cache, batch_size
+                 keep: bool = False, protocol: Protocol = PROTOCOL) -> None:  # fmt: skip
+        self.model, self.scheduler, self.seeds, self.batch_size, self.protocol = model, scheduler, seeds, batch_size, protocol
+        self.cache, self.device = protocol.folder(cache, model, scheduler), device_of(model)
         self.features, self.engine, self.progress, self.profile, self.keep = features, engine, progress, profile, keep
         self.images: dict[Job, Tensor] = {}
         self.calibrated: tuple[tuple, CalibrationSet, dict[bool, Profile]] | None = None  # of the last repeat
@@ -123,23 +131,29 @@ class Workbench:
         """TDQError before any work: an unknown engine, too few images, seeds that are calibrated on and evaluated."""
         if self.engine not in ENGINES:
             raise TDQError(f"engine must be one of {', '.join(ENGINES)}; got {self.engine!r}.")
-        if len(self.seeds) <= (width := feature_extractor(self.features).num_features):
+        if self.engine == "integer" and self.device.type != "cpu":
+            raise TDQError(f"engine='integer' runs on the CPU; this model is on {self.device}. Pass --engine compiled, or "
+                           "hide the GPU: CUDA_VISIBLE_DEVICES= .")  # fmt: skip
+        if len(self.seeds) <= (width := feature_extractor(self.features, self.device).num_features):
             raise TDQError(f"images must exceed the {width} features of the {self.features}; got {len(self.seeds)}.")
         noise = {repeat * SEEDS + seed for repeat in {job.repeat for job in jobs} for seed in self.seeds}
         if both := noise & {seed for seeds, _ in {job.calibration for job in jobs} for seed in seeds}:
             raise TDQError(f"Calibration and evaluation must use different seeds; both hold {min(both)}. Take others, or fewer.")
+        self.protocol.check(self.model, self.features)
 
     def measure(self, job: Job) -> Row:
         """The measured columns of a job's row."""
         start, calibration, further, real = time.perf_counter(), 0.0, {}, job.method == "real images"
         clean = None if real else self._clean(job)
-        distances = Distances(self.features, clean, not self.keep)
+        distances = Distances(self.features, clean, not self.keep, self.protocol.reference, self.device)
         try:
             if clean is None or job.method == "full precision":
                 batches = self._real(job) if clean is None else clean.split(500)
             else:
                 ready, folder = time.perf_counter(), job.folder(self.cache, self.model)
-                further = job.prepare(self.model, self.scheduler, partial(self._calibration, job), folder, self.progress)
+                training = partial(self.protocol.training, self.model)
+                calibrated = partial(self._calibration, job)
+                further = job.prepare(self.model, self.scheduler, calibrated, folder, training, self.progress)
                 calibration = time.perf_counter() - ready
                 freeze(self.model, self.scheduler, job.steps, nearest=job.calibration[1] != job.steps)
                 batches = self._batches(job, self._runner(job))
@@ -160,7 +174,7 @@ class Workbench:
         if self.profile is not None:
             return None, self.profile
         if self.calibrated is None or self.calibrated[0] != job.calibration:
-            how = dict(batch_size=self.batch_size, progress=False)
+            how = dict(batch_size=self.batch_size, progress=False, **self.protocol.asking(self.model, job.calibration[0]))
             self.calibrated = job.calibration, CalibrationSet.collect(self.model, self.scheduler, *job.calibration, **how), {}
         _, data, profiles = self.calibrated
         if job.split_inputs not in profiles and hasattr(self.model, "quantization"):
@@ -188,7 +202,8 @@ class Workbench:
 
     def _batches(self, job: Job, model: nn.Module) -> Iterable[Tensor]:
         noise = [job.repeat * SEEDS + seed for seed in self.seeds]
-        batches = sample_batches(model, self.scheduler, noise, job.steps, self.batch_size, progress=False)
+        asking = self.protocol.asking(self.model, noise)
+        batches = sample_batches(model, self.scheduler, noise, job.steps, self.batch_size, False, **asking)
         if not self.keep:
             return batches
         self.images[job] = torch.cat(list(batches))
@@ -212,5 +227,5 @@ class Workbench:
 
     def _real(self, job: Job) -> Iterable[Tensor]:
         """Training images, others in each repeat: what a perfect model of as many images would get."""
-        images, n = load_images(split="train-10k"), len(self.seeds)
-        return images[[(job.repeat * n + i) % len(images) for i in range(min(n, len(images)))]].split(500)
+        n = len(self.seeds)
+        return self.protocol.reference.real(n, job.repeat * n).split(500)

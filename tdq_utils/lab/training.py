@@ -17,7 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from tdq_utils.errors import TDQError
-from tdq_utils.fit.loop import Trainer, denoising_loss, iteration_generator
+from tdq_utils.fit.loop import Trainer, denoising_loss, drawn, iteration_generator, noised
 from tdq_utils.lab.datasets import load_images
 from tdq_utils.lab.fid import FeatureClassifier, Statistics, extract_features
 
@@ -30,6 +30,7 @@ UNET: dict[str, Any] = dict(
 SCHEDULER = dict(num_train_timesteps=1000, beta_schedule="linear", prediction_type="epsilon", timestep_spacing="trailing")
 DIT: dict[str, Any] = dict(sample_size=28, in_channels=1, out_channels=1, patch_size=2, num_layers=6, num_attention_heads=4,
                            attention_head_dim=32, num_embeds_ada_norm=10)  # fmt: skip
+FLOW = FlowMatchEulerDiscreteScheduler()
 NO_CLASS = 10  # the label that stands for none: what guidance compares with
 LABEL_DROPOUT = 0.1
 
@@ -66,20 +67,16 @@ def train_unet(out: str | Path, iterations: int = 5400, batch: int = 128, seed: 
 
 def flow_matching_loss(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, batch: int,
                        generator: torch.Generator) -> torch.Tensor:  # fmt: skip
-    """Rectified flow: ``x_t = (1 - sigma) x_0 + sigma eps``, the model predicts ``eps - x_0`` at ``t = 1000 sigma``.
-
-    sigma is logit-normal (Esser et al. 2024); images are flipped and labels dropped at random; the model runs in bfloat16."""
-    pick = torch.randint(len(images), (batch,), generator=generator)
-    sigma = torch.randn(batch, generator=generator).sigmoid()
-    eps = torch.randn(batch, *images.shape[1:], generator=generator)
+    """Rectified flow (:func:`tdq_utils.fit.loop.noised`): images are flipped and labels dropped at random, the model runs in
+    bfloat16."""
+    pick, sigma, eps = drawn(FLOW, images, batch, generator)
     flip = torch.rand(batch, generator=generator) < 0.5
     y = torch.where(torch.rand(batch, generator=generator) < LABEL_DROPOUT, NO_CLASS, labels[pick])
     x_0 = torch.where(flip.view(-1, 1, 1, 1), images[pick].flip(3), images[pick])
-    wide = sigma.view(-1, 1, 1, 1)
-    x_t = (1 - wide) * x_0 + wide * eps
+    x_t, t, target = noised(FLOW, x_0, sigma, eps)
     with torch.autocast("cpu", torch.bfloat16):
-        velocity = model(x_t, 1000 * sigma, class_labels=y).sample
-    return F.mse_loss(velocity.float(), eps - x_0)
+        velocity = model(x_t, t, class_labels=y).sample
+    return F.mse_loss(velocity.float(), target)
 
 
 def train_dit(out: str | Path, iterations: int = 8000, batch: int = 128, seed: int = 0, ema_decay: float = 0.999,
@@ -95,7 +92,7 @@ def train_dit(out: str | Path, iterations: int = 8000, batch: int = 128, seed: i
         if isinstance(module, LabelEmbedding):
             module.dropout_prob = 0.0  # each block would drop labels of its own: they are dropped before the model instead
     loss_of = partial(flow_matching_loss, model, images, labels, batch)
-    pipeline = DiTPipeline(model, None, FlowMatchEulerDiscreteScheduler())
+    pipeline = DiTPipeline(model, None, FLOW)
     # foreach=False: so was the network that ships averaged, and the sum differs in its last bits.
     return _train(pipeline, model, loss_of, Path(out), iterations, seed, ema_decay, "train-dit", foreach=False)
 

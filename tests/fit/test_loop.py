@@ -83,6 +83,23 @@ def test_a_killed_run_goes_on_with_the_same_losses_and_values(new, tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_two_that_save_at_once_do_not_damage_each_other(new, tmp_path, monkeypatch):
+    """The second saves, to its end, while the first has written half."""
+    (first, loss), (second, _), original = new(tmp_path / "state.pt"), new(tmp_path / "state.pt"), torch.save
+    run(first, loss, 1)
+
+    def interrupted(state, path):
+        monkeypatch.setattr(torch, "save", original)
+        path.write_bytes(b"half")
+        second._save(9, [])
+        original(state, path)
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    first._save(7, [])
+    assert second._load() == (7, [])
+    assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
+
+
 def test_groups_have_rates_of_their_own(new):
     trainer, loss = new()
     trainer.optimizer.param_groups[0]["rate"] = 0.5

@@ -12,7 +12,7 @@ class Pixels:
 
     frechet = "fcd"
 
-    def __init__(self, features, clean=None, kernel=True):
+    def __init__(self, features, clean=None, kernel=True, reference=None, device="cpu"):
         self.images, self.clean = [], clean
 
     def update(self, images):

@@ -209,6 +209,15 @@ class StandIn(torch.nn.Module):
         return images.float().flatten(1)[:, :2048]
 
 
+@pytest.fixture
+def anew():
+    """Extractors are built anew, and not kept."""
+    feature_extractor.cache_clear()
+    yield
+    feature_extractor.cache_clear()
+
+
+@pytest.mark.usefixtures("anew")
 def test_inception_features(monkeypatch):
     monkeypatch.setattr(fid, "NoTrainInceptionV3", StandIn)
     extractor = feature_extractor("inception")
@@ -217,6 +226,7 @@ def test_inception_features(monkeypatch):
     assert extractor.scores(features.float()).shape == (3, 1008)
 
 
+@pytest.mark.usefixtures("anew")
 def test_inception_without_its_package_says_what_to_install(monkeypatch):
     def missing(*args):
         raise ModuleNotFoundError("no torch-fidelity")

@@ -12,7 +12,6 @@ from tdq_utils.fit.finetuning import FINETUNED
 from tdq_utils.fit.loop import Trainer
 from tdq_utils.fit.quantize import METHODS, quantized_layers
 from tdq_utils.lab import reproduce as module
-from tdq_utils.lab.tables import qat
 from tdq_utils.lab.tables.qat import BITS, FEWEST, HEADLINE, LONGER, QatJob, add_losses, default_trainings, qat_jobs
 
 
@@ -58,7 +57,7 @@ def test_calibration_alone_has_its_seed_and_training_passes_its_own():
 def trained(small, unet, scheduler, monkeypatch, tmp_path):
     """Measure jobs on the tiny model, with its own noise for training images."""
     images = torch.rand(8, 1, 8, 8) * 2 - 1
-    monkeypatch.setattr(qat, "load_images", lambda split: images)
+    monkeypatch.setattr(module.Protocol, "training", lambda protocol, model: (images, {}))
     return lambda jobs: module.reproduce(jobs, unet, scheduler, tmp_path / "qat.csv", 3, batch_size=3, progress=False)
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from tdq_utils.denoiser.files import beside
 from tdq_utils.errors import DataError
-from tdq_utils.lab.results import Table, beside, read_rows
+from tdq_utils.lab.results import Table, read_rows
 
 KEYS = [dict(method=method, repeat=repeat) for method in ("mse", "tdq: a / b") for repeat in range(8)]
 

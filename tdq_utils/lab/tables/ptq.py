@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import SchedulerMixin
-from torch import nn
+from torch import Tensor, nn
 
 from tdq_utils.denoiser.loading import fingerprint
 from tdq_utils.denoiser.profile import Profile
@@ -23,6 +23,7 @@ TOKENS = "dynamic-token"  # left out: of the shipped UNet only the 16 layers of 
 CALIBRATION = 32  # trajectories
 
 Calibrated = Callable[[], tuple[CalibrationSet | None, Profile | None]]
+Training = Callable[[], tuple[Tensor, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,13 @@ class Job:
         first = self.repeat * SEEDS + self.first_calibrated
         return range(first, first + self.choices.get("trajectories", CALIBRATION)), getattr(self, "calibrated_steps", self.steps)
 
-    def prepare(self, model: nn.Module, scheduler: SchedulerMixin, calibration: Calibrated, folder: Path,
+    def prepare(self, model: nn.Module, scheduler: SchedulerMixin, calibration: Calibrated, folder: Path, training: Training,
                 progress: bool = False) -> dict[str, Any]:  # fmt: skip
         """Quantize and calibrate the model, in place; return further columns of the row.
 
         ``calibration``: function -> ``(data, profile)`` that calibration sees, the profile ``None`` before the model is
-        quantized; ``folder``: for what a long preparation keeps to go on from; ``progress``: show bars."""
+        quantized; ``folder``: for what a long preparation keeps to go on from; ``training``: function -> ``(images, further
+        arguments)`` of ``finetune``; ``progress``: show bars."""
         quantize(model, self.weights or None, self.activations or None, self.method, split_skips=self.split_inputs)
         data, profile = calibration()
         learned = dict(weights_method="adaround", data=data) if self.weights_method == "adaround" else {}

@@ -12,12 +12,11 @@ import pandas as pd
 from diffusers import SchedulerMixin
 from torch import nn
 
+from tdq_utils.denoiser.files import beside
 from tdq_utils.errors import TDQError
 from tdq_utils.fit.finetuning import FINETUNED, GENERATOR_RATE, STEP_RATE, finetune
 from tdq_utils.fit.quantize import freeze
-from tdq_utils.lab.datasets import load_images
-from tdq_utils.lab.results import beside
-from tdq_utils.lab.tables.ptq import Calibrated, Job
+from tdq_utils.lab.tables.ptq import Calibrated, Job, Training
 from tdq_utils.run.storage import save_quantized
 
 BITS = ((4, 4), (3, 3), (4, 8), (8, 8))
@@ -61,16 +60,17 @@ class QatJob(Job):
             settings = dict(step_rate=STEP_RATE, generator_rate=GENERATOR_RATE * (source == "tdq")) | settings
         return replace(self, method=method, **settings)
 
-    def prepare(self, model: nn.Module, scheduler: SchedulerMixin, calibration: Calibrated, folder: Path,
+    def prepare(self, model: nn.Module, scheduler: SchedulerMixin, calibration: Calibrated, folder: Path, training: Training,
                 progress: bool = False) -> dict[str, Any]:  # fmt: skip
         """Train in place, or calibrate. Goes on from ``folder``; leaves there ``loss.csv`` and ``model/``: frozen, packed."""
         if self.iterations == 0:
-            return super().prepare(model, scheduler, calibration, folder, progress)
+            return super().prepare(model, scheduler, calibration, folder, training, progress)
         method = "lsq" if self.method == "fine-tuned" else self.method
         how = {name: getattr(self, name) for name in ("iterations", "batch", "step_rate", "generator_rate", "split_skips")}
-        losses = finetune(model, scheduler, load_images(split="train-10k"), method, weights=self.weights or None,
-                          activations=self.activations or None, seed=self.repeat, out=folder, progress=progress,
-                          data=calibration()[0], **how, **self.options)  # fmt: skip
+        images, condition = training()
+        losses = finetune(model, scheduler, images, method, weights=self.weights or None, activations=self.activations or None,
+                          seed=self.repeat, out=folder, progress=progress, data=calibration()[0], **condition, **how,
+                          **self.options)  # fmt: skip
         pd.DataFrame({"loss": losses}).to_csv(folder / "loss.csv", index_label="iteration", float_format="%.5g")
         frozen = copy.deepcopy(model)
         freeze(frozen, scheduler, max(SAMPLED_STEPS))  # whose time steps include those of all the others

@@ -1,5 +1,6 @@
 """Record a model in its own pipeline, whoever calls it: what its layers get at each t, and, if asked, the calls themselves."""
 
+import hashlib
 import tempfile
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
@@ -54,6 +55,17 @@ class Calls:
         path = str(Path(self._folder.name) / str(self._files))
         mapped = torch.from_file(path, shared=True, size=tensor.numel(), dtype=tensor.dtype)
         return mapped.copy_(tensor.detach().flatten()).view(tensor.shape)
+
+    def digest(self) -> str:
+        """Twelve hex digits that tell sets of calls apart: a hash of all tensors."""
+        found = hashlib.sha256()
+
+        def add(tensor: torch.Tensor) -> torch.Tensor:
+            found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            return tensor
+
+        each_tensor(add, self._calls)
+        return found.hexdigest()[:12]
 
     def batches(self, batch_size: int = 0, device: str | torch.device = "cpu") -> Iterator[tuple]:
         """Every call, ``(sample, t, others by name)``, on ``device``: as large as it was, whatever ``batch_size``."""

@@ -161,7 +161,7 @@ def check_made_by(model: nn.Module, made_by: str, what: str) -> None:
         given = fingerprint(model)
     if made_by not in ("", given):
         raise TDQError(f"A {what} serves the model that made it, {made_by}; this model is {given}. Make another: "
-                       "CalibrationSet.collect(model, scheduler, ...) or profile_activations.")  # fmt: skip
+                       "record(model), CalibrationSet.collect(model, scheduler, ...) or profile_activations.")  # fmt: skip
 
 
 def _kept(seed, visited, at, per_seed, num_train_timesteps):

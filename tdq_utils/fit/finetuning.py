@@ -11,11 +11,12 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from tdq_utils.denoiser.loading import fingerprint
+from tdq_utils.denoiser.record import Calls
 from tdq_utils.denoiser.sampling import Condition, checked_seeds, rows_of
 from tdq_utils.errors import TDQError, check
 from tdq_utils.fit.calibration import calibrate
-from tdq_utils.fit.calibration_set import check_eval
-from tdq_utils.fit.loop import Trainer, denoising_loss, objective, state_path
+from tdq_utils.fit.calibration_set import check_eval, check_made_by
+from tdq_utils.fit.loop import Trainer, denoising_loss, objective, recorded_loss, state_path
 from tdq_utils.fit.quantize import activation_quantizers, checked_state, quantize, quantized_layers, restore
 from tdq_utils.method.generator import StepGenerator
 from tdq_utils.method.rules import PACT_DECAY, RULES, pact
@@ -31,7 +32,7 @@ SETTINGS |= dict(decay="amount", distill="share", ema_decay="share", clip="posit
 STEP_RATE, GENERATOR_RATE = 100.0, 1.0
 
 
-def finetune(model: nn.Module, scheduler: Any, images: torch.Tensor, method: str = "tdq", weights: int | None = 4,
+def finetune(model: nn.Module, scheduler: Any, images: torch.Tensor | Calls, method: str = "tdq", weights: int | None = 4,
              activations: int | None = 4, iterations: int = 600, batch: int = 64, rate: float = 6e-4,
              step_rate: float = STEP_RATE, generator_rate: float = GENERATOR_RATE, warmup: int = 50, clip: float = 1.0,
              ema_decay: float = 0.99, distill: float = 0.0, seed: int = 0, split_skips: bool = False,
@@ -42,7 +43,8 @@ def finetune(model: nn.Module, scheduler: Any, images: torch.Tensor, method: str
     AdamW; linear warm-up, cosine fall to zero; all random numbers follow from ``seed``. Returns the loss of each iteration.
 
     Args:
-        model: full precision, evaluation mode; ``restore`` gives it back. images: ``"image channel height width"`` in [-1, 1].
+        model: full precision, evaluation mode; ``restore`` gives it back. images: ``"image channel height width"`` in [-1, 1]; or
+            ``recorded.inputs`` of a pipeline: then the loss is the error against full precision, and no scheduler is needed.
         method: for activations: ``"pact"``, ``"lsq"``, ``"nipq"`` (:mod:`tdq_utils.method.rules`) with a learned constant a
             layer; ``"tdq"``, ``"tdq-pact"``, ``"tdq-nipq"``: with a generator s(t) instead. Steps of weights learn by LSQ.
         weights, activations, split_skips: as for ``quantize``. iterations, batch, warmup: of training. clip: gradient norm.
@@ -58,16 +60,19 @@ def finetune(model: nn.Module, scheduler: Any, images: torch.Tensor, method: str
     """
     path = _checked({name: value for name, value in locals().items() if name not in ("out", "progress")}, out)
     more: dict[str, Any] = dict(condition=condition) if condition else {}
-    more |= dict(teacher=copy.deepcopy(model), distill=distill) if distill else {}
+    calls, teacher = isinstance(images, Calls), copy.deepcopy(model) if distill or isinstance(images, Calls) else None
+    more |= dict(teacher=teacher, distill=distill) if distill else {}
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     rule, source = FINETUNED[method]
     quantize(model, weights, activations, source, split_skips=split_skips)
     checked_state(model).before = before
     try:
-        calibrate(model, scheduler, progress=progress, seed=seed, **_sampling(calibration, condition, len(images)))
+        seen = dict(data=images) | calibration if calls else _sampling(calibration, condition, len(images))
+        calibrate(model, scheduler, progress=progress, seed=seed, **seen)
         _learn(model, partial(pact, decay=decay) if rule == "pact" else RULES[rule], step_rate > 0)
         trainer = Trainer(model, torch.optim.AdamW(_groups(model, rate, step_rate, generator_rate)), ema_decay, path, clip)
-        loss_of = partial(denoising_loss, model, images.to(next(model.parameters()).device), scheduler, batch, **more)
+        loss_of = partial(recorded_loss, model, images, teacher) if calls else partial(
+            denoising_loss, model, images.to(next(model.parameters()).device), scheduler, batch, **more)  # fmt: skip
         rate_of = lambda i: min((i + 1) / warmup, (1 + math.cos(math.pi * i / iterations)) / 2)  # noqa: E731
         losses = trainer.run(loss_of, rate_of, iterations, seed, "finetune", progress)
     except BaseException:
@@ -87,13 +92,20 @@ def _checked(given, out):
         check(kind, **{name: given[name]})
     model, scheduler = given["model"], given["scheduler"]
     check_eval(model)
-    objective(scheduler)
-    rows_of(given["condition"], len(given["images"]), "condition", "images")
+    if isinstance(given["images"], Calls):
+        if given["condition"] or given["distill"]:
+            raise TDQError("Recorded calls have their own conditions, and a loss against full precision alone; got condition or "
+                           "distill, too. Leave it out.")  # fmt: skip
+        check_made_by(model, given["images"].model, "set of recorded calls")
+        given["images"] = given["images"].digest()
+    else:
+        objective(scheduler)
+        rows_of(given["condition"], len(given["images"]), "condition", "images")
     if not given["condition"]:
         del given["condition"]  # as in the settings of runs from before there were any
     if FINETUNED[given["method"]][0] != "pact":
         given["decay"] = None
-    config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+    config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")} if scheduler else {}
     given |= dict(model=fingerprint(model), scheduler={"class": type(scheduler).__name__, **config})
     return state_path(out, given) if out else None
 

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
-from tdq_utils.denoiser.call import predict, tell
+from tdq_utils.denoiser.call import device_of, predict, tell
 from tdq_utils.denoiser.files import beside
 from tdq_utils.denoiser.loading import matches_flow
+from tdq_utils.denoiser.record import Calls
 from tdq_utils.denoiser.sampling import Condition, rows_of
 from tdq_utils.denoiser.trajectory import Asked
 from tdq_utils.errors import DataError, TDQError
@@ -91,6 +92,14 @@ def denoising_loss(model: nn.Module, images: torch.Tensor, scheduler: Any, batch
     with torch.no_grad():
         taught = mean(teacher)
     return (1 - distill) * F.mse_loss(predicted, target) + distill * F.mse_loss(predicted, taught)
+
+
+def recorded_loss(model: nn.Module, calls: Calls, teacher: nn.Module, generator: torch.Generator) -> torch.Tensor:
+    """Mean squared error against what the full-precision ``teacher`` predicts in a recorded call, drawn at random."""
+    call = calls.draw(1, generator, device_of(model))
+    with torch.no_grad():
+        taught = predict(teacher, *call).float()
+    return F.mse_loss(predict(model, *call).float(), taught)
 
 
 def descend(loss_of: Callable[[int], torch.Tensor], parameters: list[nn.Parameter], iterations: int, rate: float,

@@ -6,11 +6,12 @@ from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from tdq_utils import CalibrationSet, freeze, restore, sample
+from tdq_utils import CalibrationSet, freeze, record, restore, sample
 from tdq_utils.errors import TDQError
 from tdq_utils.fit import finetuning, loop
 from tdq_utils.fit.finetuning import FINETUNED, finetune
@@ -353,3 +354,29 @@ def test_a_finetuned_model_samples(unet, scheduler, images, profile):
     train(unet, scheduler, images, profile, iterations=1)
     freeze(unet, scheduler, 4)
     assert torch.isfinite(sample(unet, scheduler, range(2), 4, progress=False)).all()
+
+
+@pytest.mark.parametrize("method", ["lsq", "tdq"])
+def test_recorded_calls_of_a_pipeline_train_too(text_unet, tmp_path, method):
+    """Against full precision: no images, no scheduler; guided, conditioned, whatever the pipeline did. Resumed bit for bit."""
+    text, x = torch.randn(2, 5, text_unet.config.cross_attention_dim), torch.randn(2, 2, 8, 8)
+    with record(text_unet, inputs=4) as recorded, torch.no_grad():
+        for t in (999, 700, 400, 100):
+            text_unet(x, t, encoder_hidden_states=text)
+    before = copy.deepcopy(text_unet.state_dict())
+    how = dict(method=method, iterations=30, warmup=2, rate=2e-3, progress=False)
+    losses = finetune(text_unet, None, recorded.inputs, out=tmp_path / "a", **how)
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+    freeze(text_unet)
+    text_unet(x, 700, encoder_hidden_states=text)
+    restore(text_unet)
+    assert all(torch.equal(value, before[name]) for name, value in text_unet.state_dict().items())
+    again = finetune(text_unet, None, recorded.inputs, out=tmp_path / "a", **how)
+    assert again == losses
+    restore(text_unet)
+    recorded.inputs._calls.pop()
+    with pytest.raises(TDQError, match="holds one with images = "):
+        finetune(text_unet, None, recorded.inputs, out=tmp_path / "a", **how)
+    with pytest.raises(TDQError, match="Recorded calls have their own conditions"):
+        finetune(text_unet, None, recorded.inputs, distill=0.5, **how)
+    assert not hasattr(text_unet, "quantization")

@@ -1,7 +1,11 @@
-"""What the lessons from 05 on need around their cells: measured rows -> frames to show, and their figures."""
+"""What the lessons from 05 on need around their cells: measured rows -> frames to show, their figures, tiny pipelines."""
 
+import inspect
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from textwrap import fill
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -9,7 +13,8 @@ import torch
 from matplotlib.figure import FigureBase
 from torch import nn
 
-from tdq_utils.fit.quantize import quantized_layers
+from tdq_utils.errors import TDQError
+from tdq_utils.fit.quantize import checked_state, quantized_layers
 from tdq_utils.lab.tables.quickstart import verdict
 from tdq_utils.show import plots
 from tdq_utils.show.result_plots import training_labels
@@ -17,6 +22,36 @@ from tdq_utils.show.tables import NAMES, bits
 
 REFERENCES = ["full precision", "real images"]
 HEADS = {"fcd": "FCD", "kid": "KID", "mse": "distance"}
+
+# Of each family: pipeline, denoiser and its config, scheduler and its config, widths of pooled embeddings, arguments of a call.
+TINY: dict[str, tuple[str, str, dict[str, Any], str, dict[str, Any], dict[str, int], dict[str, Any]]] = {
+    "SDXL": (
+        "StableDiffusionXLPipeline", "UNet2DConditionModel",
+        dict(sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, norm_num_groups=4, block_out_channels=(8, 16),
+             attention_head_dim=4, cross_attention_dim=12, use_linear_projection=True, addition_embed_type="text_time",
+             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+             addition_time_embed_dim=4, projection_class_embeddings_input_dim=6 * 4 + 12),
+        "EulerDiscreteScheduler", dict(timestep_spacing="leading", steps_offset=1), dict(pooled_prompt_embeds=12), {},
+    ),
+    "Flux": (
+        "FluxPipeline", "FluxTransformer2DModel",
+        dict(patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+             joint_attention_dim=12, pooled_projection_dim=10, guidance_embeds=True, axes_dims_rope=(4, 4, 8)),
+        "FlowMatchEulerDiscreteScheduler", dict(use_dynamic_shifting=True), dict(pooled_prompt_embeds=10), {},
+    ),
+    "Z-Image": (
+        "ZImagePipeline", "ZImageTransformer2DModel",
+        dict(all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2,
+             n_kv_heads=2, cap_feat_dim=12, axes_dims=[8, 4, 4], axes_lens=[64, 64, 64]),
+        "FlowMatchEulerDiscreteScheduler", dict(shift=3.0), {}, {},
+    ),
+    "Wan 2.2": (
+        "WanPipeline", "WanTransformer3DModel",
+        dict(patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=12,
+             freq_dim=16, ffn_dim=32, num_layers=1, cross_attn_norm=True, rope_max_seq_len=32),
+        "FlowMatchEulerDiscreteScheduler", dict(shift=3.0), {}, dict(num_frames=5),
+    ),
+}  # fmt: skip
 
 
 def protocol(table: pd.DataFrame) -> str:
@@ -111,3 +146,55 @@ def real_against_real(sizes: np.ndarray, distances: Sequence[float], c: float, r
         plots.plain_log(axis)
     ax.legend()
     return ax.figure
+
+
+def quiet() -> None:
+    """No progress bars and no warnings of diffusers and transformers, whose pipelines load a lot."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+
+
+@contextmanager
+def refused() -> Iterator[None]:
+    """Print the message of the TDQError that is raised inside, less fingerprints of models. AssertionError: none is."""
+    try:
+        yield
+    except TDQError as error:
+        print(fill(re.sub(r"\b[0-9a-f]{12}\b", "<fingerprint>", str(error)), 110))  # random weights differ by machine
+    else:
+        raise AssertionError("This should have been refused.")
+
+
+def reasons(model: nn.Module) -> pd.DataFrame:
+    """Why layers of a quantized model are left in full precision: a row a reason, with its layers' number and the first name."""
+    kept = pd.DataFrame(checked_state(model).kept.items(), columns=["layer", "reason"])
+    return kept.groupby("reason", sort=False).layer.agg(layers="size", example="first").reset_index()
+
+
+def tiny_pipeline(family: str) -> tuple[Any, dict[str, Any]]:
+    """A pipeline of diffusers around a tiny random denoiser, and the arguments of a call: two prompts, embedded.
+
+    ``family``: a key of ``TINY``. The same weights and prompts at every call; no text encoder, no VAE: it makes latents.
+    """
+    import diffusers
+
+    pipeline, denoiser, config, scheduler, scheduling, pooled, call = TINY[family]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = getattr(diffusers, denoiser)(**config).eval().requires_grad_(False)
+        shapes = {"prompt_embeds": (2, 5, 12), **{name: (2, width) for name, width in pooled.items()}}
+        signs = ("",) if family == "Flux" else ("", "negative_")  # its guidance is a number that the model gets
+        prompt: dict[str, Any] = {f"{sign}{name}": torch.randn(shape) for sign in signs for name, shape in shapes.items()}
+    kind = getattr(diffusers, pipeline)
+    slots = inspect.signature(kind).parameters
+    parts = {name: None for name, slot in slots.items() if slot.default is slot.empty}  # none of them is needed
+    parts |= {"unet" if "unet" in slots else "transformer": model, "scheduler": getattr(diffusers, scheduler)(**scheduling)}
+    pipe = kind(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    if family == "Z-Image":
+        prompt = {name: list(value) for name, value in prompt.items()}
+    return pipe, prompt | call | dict(height=64, width=64, output_type="latent")

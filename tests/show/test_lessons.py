@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from tdq_utils import freeze, quantized_layers, timesteps
+from tdq_utils import TDQError, freeze, quantize, quantized_layers, record, timesteps
 from tdq_utils.show import lessons
 
 matplotlib.use("Agg")
@@ -109,3 +109,38 @@ def test_real_against_real_draws_what_was_measured_beside_the_law():
     plt.close("all")
     assert dots.get_ydata().tolist() == [0.5, 0.1]
     assert law.get_ydata() == pytest.approx(10 * (1 / sizes + 1e-4))
+
+
+def test_refused_prints_the_message_less_fingerprints_and_wants_one(capsys):
+    with lessons.refused():
+        raise TDQError(f"A profile serves the model that made it, 43046e177b20. {'Record it again. ' * 9}")
+    printed = capsys.readouterr().out
+    assert printed.startswith("A profile serves the model that made it, <fingerprint>. Record")
+    assert max(map(len, printed.splitlines())) <= 110
+    with pytest.raises(AssertionError, match="should have been refused"), lessons.refused():
+        pass
+    with pytest.raises(ValueError, match="another"), lessons.refused():
+        raise ValueError("another")
+
+
+def test_reasons_count_the_layers_that_are_kept(unet):
+    quantize(unet, keep=["conv_in", "conv_out"])
+    unet.quantization.kept["mid_block.resnets.0.conv1"] = "measured"
+    found = lessons.reasons(unet)
+    assert found.to_dict("list") == {
+        "reason": ["as asked", "measured"], "layers": [2, 1], "example": ["conv_in", "mid_block.resnets.0.conv1"]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("family, calls", [("SDXL", 3), ("Flux", 3), ("Z-Image", 3), ("Wan 2.2", 6)])
+def test_a_tiny_pipeline_runs_and_is_the_same_every_time(family, calls):
+    pytest.importorskip("transformers")
+    assert set(lessons.TINY) == {"SDXL", "Flux", "Z-Image", "Wan 2.2"}
+    lessons.quiet()
+    made, state = [], torch.get_rng_state()
+    for _ in range(2):
+        pipe, prompt = lessons.tiny_pipeline(family)
+        assert torch.equal(torch.get_rng_state(), state)  # nobody else's noise changes
+        with record(getattr(pipe, "unet", None) or pipe.transformer) as recorded:
+            made.append(pipe(**prompt, num_inference_steps=3, generator=torch.Generator().manual_seed(0))[0])
+    assert len(recorded.t) == calls and torch.equal(*made) and torch.isfinite(made[0]).all()

@@ -129,7 +129,8 @@ def _build(settings, tensors):
         model = getattr(diffusers, settings["model"]).from_config(settings["config"]).eval().requires_grad_(False)
     model._apply(lambda v: torch.zeros_like(v, device="cpu") if v.is_meta else v)
     dtype = getattr(torch, settings.get("dtype", "float32"))
-    model.to(dtype, memory_format=torch.channels_last if settings["channels_last"] else torch.contiguous_format)
+    layout = torch.channels_last if settings["channels_last"] else torch.contiguous_format
+    nn.Module.to(model, dtype, memory_format=layout)  # diffusers' own warns of what the next lines do
     for name, parameter in model.named_parameters():  # some may have been kept in another
         parameter.data = parameter.data.to(tensors[name].dtype if name in tensors else dtype)
     rebuild(model, settings, tensors)

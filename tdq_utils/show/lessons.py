@@ -4,6 +4,7 @@ import inspect
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from html import escape
 from textwrap import fill
 from typing import Any
 
@@ -198,3 +199,10 @@ def tiny_pipeline(family: str) -> tuple[Any, dict[str, Any]]:
     if family == "Z-Image":
         prompt = {name: list(value) for name, value in prompt.items()}
     return pipe, prompt | call | dict(height=64, width=64, output_type="latent")
+
+
+def framed(page: str, height: int = 640) -> Any:
+    """A whole HTML page, shown inside a notebook: a frame of so many pixels that holds it, and asks nobody for it."""
+    from IPython.display import HTML
+
+    return HTML(f'<iframe title="report" width="100%" height="{height}" srcdoc="{escape(page)}"></iframe>')

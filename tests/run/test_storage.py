@@ -278,7 +278,7 @@ def test_what_was_saved_before_tensors_had_a_name_of_their_own(calibrated, tmp_p
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_half_precision_comes_back_as_it_was(denoiser, scheduler, tmp_path, packed):
+def test_half_precision_comes_back_as_it_was(denoiser, scheduler, tmp_path, packed, caplog):
     """Parameters and buffers in bfloat16, step sizes in float32; the same bits."""
     model, condition = denoiser
     model.to(torch.bfloat16)
@@ -287,7 +287,9 @@ def test_half_precision_comes_back_as_it_was(denoiser, scheduler, tmp_path, pack
     calibrate(model, scheduler, range(3), 2, **how)
     freeze(model)
     save_quantized(model, tmp_path, packed=packed)
+    caplog.clear()
     back = load_quantized(tmp_path)
+    assert not caplog.records  # nor a warning of casting
     assert {name: p.dtype for name, p in back.named_parameters()} == {name: p.dtype for name, p in model.named_parameters()}
     assert all(layer.weight_step.dtype == torch.float32 for layer in quantized_layers(back).values())
     assert torch.equal(sample(back, scheduler, range(3), 2, **how), sample(model, scheduler, range(3), 2, **how))

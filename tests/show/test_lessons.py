@@ -144,3 +144,9 @@ def test_a_tiny_pipeline_runs_and_is_the_same_every_time(family, calls):
         with record(getattr(pipe, "unet", None) or pipe.transformer) as recorded:
             made.append(pipe(**prompt, num_inference_steps=3, generator=torch.Generator().manual_seed(0))[0])
     assert len(recorded.t) == calls and torch.equal(*made) and torch.isfinite(made[0]).all()
+
+
+def test_a_page_in_a_frame_is_whole():
+    """Its quotes do not end the attribute that holds it."""
+    shown = lessons.framed('<p title="a">b & c</p>').data
+    assert 'srcdoc="&lt;p title=&quot;a&quot;&gt;b &amp; c&lt;/p&gt;"' in shown and 'height="640"' in shown

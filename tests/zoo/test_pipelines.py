@@ -243,14 +243,14 @@ def test_projections_are_fused_before_they_are_quantized(name):
         case.run()
 
 
-@pytest.mark.parametrize("name", map(needing, ["Flux"]))
+@pytest.mark.parametrize("name", map(needing, ["Stable Diffusion", "SDXL", "Flux"]))
 def test_an_adapter_must_be_fused(name):
     peft = pytest.importorskip("peft")
     case = recorded_run(HOSTED[name])
     case.model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
     with pytest.raises(TDQError, match=r"must be fused .* pipe.fuse_lora\(\); pipe.unload_lora_weights\(\)"):
         tdq.quantize(case.model)
-    case.pipe.fuse_lora(components=["transformer"])
+    case.pipe.fuse_lora(components=[next(part for part in ("unet", "transformer") if hasattr(case.pipe, part))])
     case.pipe.unload_lora_weights()
     with tdq.record(case.model) as case.recorded:
         fused = case.run()

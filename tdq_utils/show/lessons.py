@@ -205,4 +205,4 @@ def framed(page: str, height: int = 640) -> Any:
     """A whole HTML page, shown inside a notebook: a frame of so many pixels that holds it, and asks nobody for it."""
     from IPython.display import HTML
 
-    return HTML(f'<iframe title="report" width="100%" height="{height}" srcdoc="{escape(page)}"></iframe>')
+    return HTML(f'<div><iframe title="report" width="100%" height="{height}" srcdoc="{escape(page)}"></iframe></div>')

@@ -69,15 +69,13 @@ def calibrate(model: nn.Module, scheduler: Any = None, seeds: int | Iterable[int
     source = _source(model, scheduler, making, data, profile, samples, chooses, progress)
     if weights_method:
         reconstruction.adaround(model, source, progress=progress)
-    skewed = method == "ptq4dm" and profile is None and source is not None and source.at == "skewed"  # t has its weight already
+    skewed = method == "ptq4dm" and profile is None and getattr(source, "at", "") == "skewed"  # then t has its weight already
     profile = profile or (profile_set(model, source) if chooses else None)
-    if profile is not None:
-        keep_too(model, profile.carries_t, "measured: gets one vector a sample, so t or pooled conditions")
+    keep_too(model, profile.carries_t if profile else (), "measured: gets one vector a sample, so t or pooled conditions")
     if chooses:
         _choose(model, CHOOSERS["mse" if skewed else method], profile, shifted, progress, options)
-    for layer in quantized_layers(model).values() if method in DYNAMIC and state.activations is not None else ():
-        for quantizer in getattr(layer.activation, "halves", [layer.activation]):
-            quantizer.step = dynamic_step(layer, method).eval()
+    elif method in DYNAMIC and state.activations is not None:
+        _follow_input(model, method)
     state.method = method
     if reconstruct != "input":
         reconstruction.refine(model, source, reconstruct, progress=progress)
@@ -131,6 +129,13 @@ def profile_set(model: nn.Module, data: CalibrationSet | Calls, batch_size: int 
         for batch in data.batches(batch_size, device):
             predict(model, *batch)
     return as_profile(cells, data.model)
+
+
+def _follow_input(model, method):
+    """Let every quantized layer take the interval of the input at hand."""
+    for layer in quantized_layers(model).values():
+        for quantizer in getattr(layer.activation, "halves", [layer.activation]):
+            quantizer.step = dynamic_step(layer, method).eval()
 
 
 def _choose(model, chooser, profile, shifted, progress, options):

@@ -59,20 +59,16 @@ def finetune(model: nn.Module, scheduler: Any, images: torch.Tensor | Calls, met
     a loss that is not finite (the last good state stays). Whatever stops it, the model is the full-precision one again.
     """
     path = _checked({name: value for name, value in locals().items() if name not in ("out", "progress")}, out)
-    more: dict[str, Any] = dict(condition=condition) if condition else {}
-    calls, teacher = isinstance(images, Calls), copy.deepcopy(model) if distill or isinstance(images, Calls) else None
-    more |= dict(teacher=teacher, distill=distill) if distill else {}
+    teacher = copy.deepcopy(model) if distill or isinstance(images, Calls) else None
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     rule, source = FINETUNED[method]
     quantize(model, weights, activations, source, split_skips=split_skips)
     checked_state(model).before = before
     try:
-        seen = dict(data=images) | calibration if calls else _sampling(calibration, condition, len(images))
-        calibrate(model, scheduler, progress=progress, seed=seed, **seen)
+        calibrate(model, scheduler, progress=progress, seed=seed, **_seen(calibration, condition, images))
         _learn(model, partial(pact, decay=decay) if rule == "pact" else RULES[rule], step_rate > 0)
         trainer = Trainer(model, torch.optim.AdamW(_groups(model, rate, step_rate, generator_rate)), ema_decay, path, clip)
-        loss_of = partial(recorded_loss, model, images, teacher) if calls else partial(
-            denoising_loss, model, images.to(next(model.parameters()).device), scheduler, batch, **more)  # fmt: skip
+        loss_of = _loss(model, scheduler, images, batch, teacher, distill, condition)
         rate_of = lambda i: min((i + 1) / warmup, (1 + math.cos(math.pi * i / iterations)) / 2)  # noqa: E731
         losses = trainer.run(loss_of, rate_of, iterations, seed, "finetune", progress)
     except BaseException:
@@ -110,13 +106,25 @@ def _checked(given, out):
     return state_path(out, given) if out else None
 
 
-def _sampling(calibration, condition, n):
-    """Arguments of calibration, which samples with the conditions of the first images unless it is told what to see."""
+def _seen(calibration, condition, images):
+    """Arguments of calibration, which sees the recorded calls, or samples with the conditions of the first images, unless it
+    is told what to see."""
+    if isinstance(images, Calls):
+        return calibration if calibration.keys() & {"data", "profile"} else calibration | dict(data=images)
     if not condition or calibration.keys() & {"data", "profile", "condition"}:
         return calibration
-    seeds = checked_seeds(calibration.get("seeds") or range(64))
+    seeds, n = checked_seeds(calibration.get("seeds") or range(64)), len(images)
     rows = rows_of(condition, n, "condition", "images")([i % n for i in range(len(seeds))])
     return calibration | dict(seeds=seeds, condition=rows)
+
+
+def _loss(model, scheduler, images, batch, teacher, distill, condition):
+    """What :func:`finetune` descends: a function of the random numbers of an iteration."""
+    if isinstance(images, Calls):
+        return partial(recorded_loss, model, images, teacher)
+    more: dict[str, Any] = dict(condition=condition) if condition else {}
+    more |= dict(teacher=teacher, distill=distill) if distill else {}
+    return partial(denoising_loss, model, images.to(next(model.parameters()).device), scheduler, batch, **more)
 
 
 class _Exp(nn.Module):

@@ -2,8 +2,11 @@
 
 import copy
 import gc
+import subprocess
+import sys
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -325,3 +328,23 @@ def test_small_layers_gain_as_much_as_large_ones(drifting):
 def test_drift_at_a_single_step(drifting):
     drift = drifting(layer=[1]).drift()
     assert (drift.ratio[0], drift.correlation[0]) == (1, 0) and drift.gain_db[0] == pytest.approx(0, abs=0.02)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a program's peak memory")
+def test_statistics_of_a_large_model_take_less_than_300_megabytes():
+    """800 layers at 50 time steps, from the first value to the finished profile: more resident memory than before."""
+    code = """
+import re, torch
+from tdq_utils.denoiser.recording import Cells, as_profile
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])  # KiB, of this program alone
+cells, x, before = Cells(), torch.linspace(-1, 1, 16), peak()
+for t in range(50):
+    for layer in range(800):
+        cells.add(f"layer {layer}", 999 - 20 * t, x, 1)
+profile = as_profile(cells)
+profile.percentile(99.9)
+print(profile.counts.shape, (peak() - before) // 1024)
+"""
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    shape, megabytes = shown.rsplit(maxsplit=1)
+    assert shape == "(800, 50, 1024)" and 150 < int(megabytes) < 300

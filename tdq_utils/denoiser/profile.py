@@ -127,11 +127,15 @@ class Profile:
         correlation = [np.corrcoef(row, self.t)[0, 1] if row.std() > 0 else 0.0 for row in reach]
         return table.assign(correlation=correlation, gain_db=[self._gain(row, bits) for row in range(len(table))])
 
-    def best_steps(self, layer: str | int, bits: int, shifted: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-        """MSE-optimal step sizes of a layer: ``(static, per step)``, tensors ``""`` and ``"step"``; searched for once."""
-        key = self.row(layer), bits, shifted
+    def best_steps(self, layer: str | int, bits: int | Grid) -> tuple[torch.Tensor, torch.Tensor]:
+        """MSE-optimal step sizes of a layer: ``(static, per step)``, tensors ``""`` and ``"step"``; searched for once.
+
+        ``bits``: a number stands for the grid of so many bits that suits the layer, :meth:`grid`.
+        """
+        grid = bits if isinstance(bits, Grid) else self.grid(layer, bits)
+        key = self.row(layer), grid
         if key not in self.searched:
-            grid, (values, counts) = self.grid(layer, bits, shifted), self.values(layer)
+            values, counts = self.values(layer)
             static = mse_step(values.reshape(1, -1), grid, counts.reshape(1, -1))[0]
             self.searched[key] = static, mse_step(values, grid, counts)
         return self.searched[key]

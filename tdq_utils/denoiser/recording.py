@@ -111,12 +111,13 @@ class Cells(dict[tuple[str, float], Any]):
 
 @contextmanager
 def recording(model: nn.Module, layers: Container[str] | None = None,
-              parts: dict[str, dict[str, slice]] | None = None) -> Iterator[Cells]:  # fmt: skip
+              parts: dict[str, dict[str, slice]] | None = None,
+              factors: dict[str, torch.Tensor] | None = None) -> Iterator[Cells]:  # fmt: skip
     """While open, count the inputs of the model's conv and linear layers; the hooks are gone afterwards.
 
     Yields :class:`Cells`, which :func:`as_profile` turns into a :class:`Profile`. The time step of each call is read from
-    the call itself. ``parts`` maps layers to named ranges of channels that are counted apart. What a compiled model does
-    cannot be seen: while open, it runs uncompiled.
+    the call itself. ``parts`` maps layers to named ranges of channels that are counted apart; ``factors``, layers to what their
+    inputs are divided by first. What a compiled model does cannot be seen: while open, it runs uncompiled.
     """
     cells = Cells()
 
@@ -128,6 +129,8 @@ def recording(model: nn.Module, layers: Container[str] | None = None,
             t, *others = times.values
             if others:
                 raise TDQError(f"All samples of a profiled call must share one t; got {t:g} and {others[0]:g}.")
+            if factors and name in factors:
+                x = x * (1 / factors[name])
             for part, channels in (parts or {}).get(name, {name: ...}).items():
                 cells.add(part, t, x if channels is ... else x[:, channels], times.batch)
 

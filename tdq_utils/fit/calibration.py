@@ -16,6 +16,7 @@ from tdq_utils.denoiser.recording import as_profile, recording
 from tdq_utils.denoiser.sampling import SAMPLING
 from tdq_utils.errors import TDQError, check
 from tdq_utils.fit import reconstruction
+from tdq_utils.fit.balancing import balance_layers
 from tdq_utils.fit.calibration_set import CalibrationSet, check_eval, check_made_by, skewed_density
 from tdq_utils.fit.loop import descend
 from tdq_utils.fit.quantize import (
@@ -66,14 +67,18 @@ def calibrate(model: nn.Module, scheduler: Any = None, seeds: int | Iterable[int
     making = {key: value for key, value in making.items() if value is not None}
     _check(state, method, reconstruct, weights_method, options, shifted)
     samples, chooses = bool(weights_method) or reconstruct != "input", method not in DYNAMIC and state.activations is not None
-    source = _source(model, scheduler, making, data, profile, samples, chooses, progress)
+    if state.balance and profile is not None:
+        raise TDQError("A balanced model is calibrated on calls: no profile has ranges after balancing; got a profile. Pass "
+                       "data: a CalibrationSet, or recorded.inputs of record(model, inputs=n).")  # fmt: skip
+    source = _source(model, scheduler, making, data, profile, samples or bool(state.balance), chooses, progress)
+    grids = balance_layers(model, source, shifted, progress=progress) if state.balance else None
     if weights_method:
         reconstruction.adaround(model, source, progress=progress)
     skewed = method == "ptq4dm" and profile is None and getattr(source, "at", "") == "skewed"  # then t has its weight already
     profile = profile or (profile_set(model, source) if chooses else None)
     keep_too(model, profile.carries_t if profile else (), "measured: gets one vector a sample, so t or pooled conditions")
     if chooses:
-        _choose(model, CHOOSERS["mse" if skewed else method], profile, shifted, progress, options)
+        _choose(model, CHOOSERS["mse" if skewed else method], profile, shifted, progress, options, grids)
     elif method in DYNAMIC and state.activations is not None:
         _follow_input(model, method)
     state.method = method
@@ -122,10 +127,14 @@ def _source(model, scheduler, making, data, profile, samples, chooses, progress)
 
 
 def profile_set(model: nn.Module, data: CalibrationSet | Calls, batch_size: int = 16) -> Profile:
-    """The :class:`tdq_utils.denoiser.profile.Profile` of a quantized model's layers, in full precision, on a calibration set."""
-    parts = {name: layer.activation.parts(name) for name, layer in quantized_layers(model).items() if layer.split}
-    device = device_of(model)
-    with full_precision(model), torch.no_grad(), recording(model, set(quantized_layers(model)), parts) as cells:
+    """The :class:`tdq_utils.denoiser.profile.Profile` of a quantized model's layers, in full precision, on a calibration set.
+
+    Of balanced layers: of their inputs after the division.
+    """
+    layers, device = quantized_layers(model), device_of(model)
+    parts = {name: layer.activation.parts(name) for name, layer in layers.items() if layer.split}
+    factors = {name: layer.balance for name, layer in layers.items() if layer.balance is not None}
+    with full_precision(model), torch.no_grad(), recording(model, set(layers), parts, factors) as cells:
         for batch in data.batches(batch_size, device):
             predict(model, *batch)
     return as_profile(cells, data.model)
@@ -138,12 +147,12 @@ def _follow_input(model, method):
             quantizer.step = dynamic_step(layer, method).eval()
 
 
-def _choose(model, chooser, profile, shifted, progress, options):
+def _choose(model, chooser, profile, shifted, progress, options, grids=None):
     state, quantizers = checked_state(model), activation_quantizers(model)
     if missing := set(quantizers) - set(profile.layers):
         raise TDQError(f"profile must hold every quantized layer; {len(missing)} are missing, {min(missing)} among them. Record "
                        "all that run, and name those that do not: quantize(model, keep=[*kept_layers(model), ...]).")  # fmt: skip
-    problems = {name: _Problem(profile, name, state.activations, shifted) for name in quantizers}
+    problems = {name: _Problem(profile, name, state.activations, shifted, (grids or {}).get(name)) for name in quantizers}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.get("seed", 0))  # of weights and dropout
         names = tqdm(quantizers, desc="choose step sizes", disable=not progress, leave=False)
@@ -158,10 +167,10 @@ def _choose(model, chooser, profile, shifted, progress, options):
 class _Problem:
     """One layer's activations over t, as weighted values: all that any method here looks at."""
 
-    def __init__(self, profile, layer, bits, shifted):
-        row, self.grid, self.t = profile.row(layer), profile.grid(layer, bits, shifted), torch.from_numpy(profile.t)
+    def __init__(self, profile, layer, bits, shifted, grid=None):
+        row, self.grid, self.t = profile.row(layer), grid or profile.grid(layer, bits, shifted), torch.from_numpy(profile.t)
         self.least, self.greatest = (torch.from_numpy(ends[row]).float() for ends in (profile.least, profile.greatest))
-        self.best_steps = lambda: profile.best_steps(layer, bits, shifted)
+        self.best_steps = lambda: profile.best_steps(layer, self.grid)
         # Hundreds of iterations look at these: as coarse as the step size allows.
         self.values = lambda s_0: profile.values(layer, merge=profile.finest_merge(layer, s_0))
         self.all_values = lambda: profile.values(layer)

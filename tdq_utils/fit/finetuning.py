@@ -25,7 +25,7 @@ from tdq_utils.method.rules import PACT_DECAY, RULES, pact
 FINETUNED = dict(pact=("pact", "learned"), lsq=("lsq", "learned"), nipq=("nipq", "learned"), tdq=("lsq", "tdq"))
 FINETUNED |= {"tdq-pact": ("pact", "tdq"), "tdq-nipq": ("nipq", "tdq")}
 SETTINGS = dict(iterations="count", batch="count", warmup="count", rate="amount", step_rate="amount", generator_rate="amount")
-SETTINGS |= dict(decay="amount", distill="share", ema_decay="share", clip="positive")
+SETTINGS |= dict(balance_rate="amount", decay="amount", distill="share", ema_decay="share", clip="positive")
 # Rates relative to that of the weights (measured at W4A4 by "reproduce trials"; notebook 07). At a tenth, 600 iterations leave
 # the constants of activations within 2 % of calibration's, and LSQ looks worse than it is. (So et al. 2023, authors' code: 1 for
 # generators, without a factor; constants at a tenth, on a linear scale, in far longer runs.)
@@ -36,8 +36,8 @@ def finetune(model: nn.Module, scheduler: Any, images: torch.Tensor | Calls, met
              activations: int | None = 4, iterations: int = 600, batch: int = 64, rate: float = 6e-4,
              step_rate: float = STEP_RATE, generator_rate: float = GENERATOR_RATE, warmup: int = 50, clip: float = 1.0,
              ema_decay: float = 0.99, distill: float = 0.0, seed: int = 0, split_skips: bool = False,
-             decay: float = PACT_DECAY, condition: Condition = None, out: str | Path | None = None, progress: bool = True,
-             **calibration: Any) -> list[float]:  # fmt: skip
+             balance: bool | str | None = None, balance_rate: float = 1.0, decay: float = PACT_DECAY, condition: Condition = None,
+             out: str | Path | None = None, progress: bool = True, **calibration: Any) -> list[float]:  # fmt: skip
     """Quantize a full-precision model, calibrate it, and train it, in place, on the loss of what its scheduler says it predicts.
 
     AdamW; linear warm-up, cosine fall to zero; all random numbers follow from ``seed``. Returns the loss of each iteration.
@@ -47,10 +47,12 @@ def finetune(model: nn.Module, scheduler: Any, images: torch.Tensor | Calls, met
             ``recorded.inputs`` of a pipeline: then the loss is the error against full precision, and no scheduler is needed.
         method: for activations: ``"pact"``, ``"lsq"``, ``"nipq"`` (:mod:`tdq_utils.method.rules`) with a learned constant a
             layer; ``"tdq"``, ``"tdq-pact"``, ``"tdq-nipq"``: with a generator s(t) instead. Steps of weights learn by LSQ.
-        weights, activations, split_skips: as for ``quantize``. iterations, batch, warmup: of training. clip: gradient norm.
+        weights, activations, split_skips, balance: as for ``quantize``. iterations, batch, warmup: of training. clip: gradient
+            norm.
         rate: of weights and of the logarithms of their steps. step_rate: relative to it, of the logarithms of activations'
             constants, and of the factor of each s(t) (:meth:`tdq_utils.method.generator.StepGenerator.learn_scale`; 0: none).
-        generator_rate: of generators' networks, relative to ``rate``. ema_decay: of the average that the model ends as.
+        generator_rate, balance_rate: relative to ``rate``, of generators' networks, and of the logarithms of the balance (0: it
+            stays as measured). ema_decay: of the average that the model ends as.
         distill: share of the loss that is the error against the full-precision prediction, 0 to 1. decay: of PACT's alpha.
         condition: as for ``sample``, a row an image; calibration samples with the first. For guidance, let some be the null one.
         out: folder for the state, saved every minute; a run found there goes on, bit for bit. calibration: of ``calibrate``.
@@ -62,12 +64,13 @@ def finetune(model: nn.Module, scheduler: Any, images: torch.Tensor | Calls, met
     teacher = copy.deepcopy(model) if distill or isinstance(images, Calls) else None
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     rule, source = FINETUNED[method]
-    quantize(model, weights, activations, source, split_skips=split_skips)
+    quantize(model, weights, activations, source, split_skips=split_skips, balance=balance)
     checked_state(model).before = before
     try:
         calibrate(model, scheduler, progress=progress, seed=seed, **_seen(calibration, condition, images))
         _learn(model, partial(pact, decay=decay) if rule == "pact" else RULES[rule], step_rate > 0)
-        trainer = Trainer(model, torch.optim.AdamW(_groups(model, rate, step_rate, generator_rate)), ema_decay, path, clip)
+        optimizer = torch.optim.AdamW(_groups(model, rate, step_rate, generator_rate, balance_rate))
+        trainer = Trainer(model, optimizer, ema_decay, path, clip)
         loss_of = _loss(model, scheduler, images, batch, teacher, distill, condition)
         rate_of = lambda i: min((i + 1) / warmup, (1 + math.cos(math.pi * i / iterations)) / 2)  # noqa: E731
         losses = trainer.run(loss_of, rate_of, iterations, seed, "finetune", progress)
@@ -99,6 +102,8 @@ def _checked(given, out):
         rows_of(given["condition"], len(given["images"]), "condition", "images")
     if not given["condition"]:
         del given["condition"]  # as in the settings of runs from before there were any
+    if not given["balance"]:
+        del given["balance"], given["balance_rate"]
     if FINETUNED[given["method"]][0] != "pact":
         given["decay"] = None
     config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")} if scheduler else {}
@@ -139,11 +144,11 @@ class _Exp(nn.Module):
 
 def _learn(model, rule, scaled):
     """Make everything that QAT trains a parameter; ``scaled``: give generators a factor."""
-    for layer in _weighted(model):
-        s = layer.weight_step
-        del layer.weight_step
-        layer.weight_step = nn.Parameter(s.clone())
-        parametrize.register_parametrization(layer, "weight_step", _Exp())
+    for layer, name in _learned(model):
+        value = getattr(layer, name)
+        delattr(layer, name)
+        setattr(layer, name, nn.Parameter(value.clone()))
+        parametrize.register_parametrization(layer, name, _Exp())
     for quantizer in activation_quantizers(model).values():
         quantizer.rule = rule
         if scaled and isinstance(quantizer.step, StepGenerator):
@@ -152,24 +157,29 @@ def _learn(model, rule, scaled):
 
 
 def _stop_learning(model):
-    for layer in _weighted(model):
-        if parametrize.is_parametrized(layer):  # else it failed before that
-            parametrize.remove_parametrizations(layer, "weight_step")
+    for layer, name in _learned(model):
+        if parametrize.is_parametrized(layer, name):  # else it failed before that
+            parametrize.remove_parametrizations(layer, name)
     model.requires_grad_(False).eval()
 
 
-def _weighted(model):
-    return [layer for layer in quantized_layers(model).values() if layer.weight_grid is not None]
+def _learned(model):
+    """``(layer, name)``: step sizes of weights, and what balances channels."""
+    layers = quantized_layers(model).values()
+    steps = [(layer, "weight_step") for layer in layers if layer.weight_grid is not None]
+    return steps + [(layer, "balance") for layer in layers if layer.balance is not None]
 
 
-def _groups(model, rate, step_rate, generator_rate):
+def _groups(model, rate, step_rate, generator_rate, balance_rate):
     """Parameter groups: weights; what decides on step sizes, without decay, at rates of its own."""
-    weights = [layer.parametrizations.weight_step.original for layer in _weighted(model)]
+    weights, balances = ([layer.parametrizations[name].original for layer, name in _learned(model) if name == kind]
+                         for kind in ("weight_step", "balance"))  # fmt: skip
     activations = [named for q in activation_quantizers(model).values() for named in q.step.named_parameters()]
     logarithms = [parameter for name, parameter in activations if name in ("log_s", "log_scale")]
     networks = [parameter for name, parameter in activations if name not in ("log_s", "log_scale")]
-    ids = {id(parameter) for parameter in weights + logarithms + networks}
+    ids = {id(parameter) for parameter in weights + balances + logarithms + networks}
     others = [parameter for parameter in model.parameters() if id(parameter) not in ids]
     rates = (weights, rate), (logarithms, rate * step_rate), (networks, rate * generator_rate)
+    rates = *rates, (balances, rate * balance_rate)
     groups = [dict(params=others, rate=rate), *(dict(params=part, rate=own, weight_decay=0.0) for part, own in rates)]
     return [group for group in groups if group["params"]]

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from tdq_utils.denoiser.call import now
 from tdq_utils.errors import TDQError
+from tdq_utils.method.balance import for_weight
 from tdq_utils.method.grid import Grid, fake_quantize, mse_step, on_levels
 from tdq_utils.method.rules import lsq
 from tdq_utils.method.step_sizes import DynamicStep, StepSize, TimeSteps
@@ -30,13 +31,21 @@ class ActivationQuantizer(nn.Module):
         self.bits, self.grid, self.step = bits, grid, step
         self.rule: Callable[..., torch.Tensor] = fake_quantize
 
-    def forward(self, x: torch.Tensor, t: TimeSteps | None) -> torch.Tensor:
-        """Fake-quantize ``x`` at :class:`TimeSteps` ``t``. TDQError: not calibrated, or t is needed and not known."""
+    def forward(self, x: torch.Tensor, t: TimeSteps | None, balance: torch.Tensor | None = None) -> torch.Tensor:
+        """Fake-quantize ``x`` at :class:`TimeSteps` ``t``, its channels divided by ``balance`` meanwhile.
+
+        TDQError: not calibrated, or t is needed and not known.
+        """
         if self.step is None:
             raise TDQError("A quantized model must be calibrated before it runs; call calibrate(model, scheduler, ...).")
+        if balance is not None:
+            return (self._rounded(x * (1 / balance), t, True) * balance).to(x.dtype)
+        return self._rounded(x, t, False)
+
+    def _rounded(self, x, t, balanced):
         if isinstance(self.step, DynamicStep):
             half = 2 ** (self.bits - 1)
-            x_hat = on_levels(x.detach(), *self.step.interval(x, -half, half - 1)).to(x.dtype)
+            x_hat = on_levels(x.detach(), *self.step.interval(x, -half, half - 1, balanced)).to(x.dtype)
             return x_hat + (x - x.detach()) if x.requires_grad and torch.is_grad_enabled() else x_hat  # straight-through
         if t is None and self.step.over_time:
             raise TDQError("A layer whose interval follows t must know the call that it is in; got none. Call the model itself, "
@@ -62,9 +71,11 @@ class SplitQuantizer(nn.Module):
         self.at = at
         self.halves: Any = nn.ModuleList(halves)
 
-    def forward(self, x: torch.Tensor, t: TimeSteps | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, t: TimeSteps | None, balance: torch.Tensor | None = None) -> torch.Tensor:
         """Fake-quantize each half with its own quantizer at :class:`TimeSteps` ``t``."""
-        return torch.cat([q(half, t) for q, half in zip(self.halves, _halves(x, self.at), strict=True)], dim=1)
+        balances = (None, None) if balance is None else (balance[: self.at], balance[self.at :])
+        halves = zip(self.halves, _halves(x, self.at), balances, strict=True)
+        return torch.cat([quantizer(half, t, d) for quantizer, half, d in halves], dim=1)
 
     def parts(self, layer: str) -> dict[str, slice]:
         """Names and channels of the two halves of the input of ``layer``."""
@@ -86,6 +97,8 @@ class QuantizedLayer(nn.Module):
     ``activation``: quantizer, ``weight_grid``: :class:`Grid`; ``None``: full precision. ``weight_step``: one for each output
     channel or one for all; with a split input, two rows of them. ``split``: channels of the input that belong to its first half.
     ``levels``: int8, of weights whose rounding was learned (AdaRound). ``rounded``: the weights of a frozen layer.
+    ``balance``: what each input channel is divided by before it is quantized, and its weights multiplied with, in a shape that
+    broadcasts to the input; ``None``: not balanced.
     """
 
     weight: Any
@@ -96,21 +109,36 @@ class QuantizedLayer(nn.Module):
     split: int | None
     levels: torch.Tensor | None
     rounded: torch.Tensor | None
+    balance: torch.Tensor | None
+
+    @property
+    def weight_balance(self) -> torch.Tensor | None:
+        """``balance``, in a shape that broadcasts to the weights."""
+        return None if self.balance is None else for_weight(self.balance.flatten(), self.weight, getattr(self, "groups", 1))
+
+    def folded_weight(self) -> torch.Tensor:
+        """The weights that are put on the grid: multiplied with the balance."""
+        return self.weight if self.balance is None else self.weight * self.weight_balance
 
     def quantized_weight(self) -> torch.Tensor:
         """The weights on their grid, as floats."""
         if self.rounded is not None or self.weight_grid is None:
             return self.weight if self.rounded is None else self.rounded
+        rule, weight = lsq if self.training else fake_quantize, self.folded_weight()
         if self.levels is not None:
-            return self.levels * self.spread_weight_step()
-        rule = lsq if self.training else fake_quantize
-        if self.split is None:
-            return rule(self.weight, self.weight_step, self.weight_grid)
-        halves = zip(_halves(self.weight, self.split), self.weight_step, strict=True)
-        return torch.cat([rule(half, s, self.weight_grid) for half, s in halves], dim=1)
+            weight = self.levels * self._folded_step()
+        elif self.split is None:
+            weight = rule(weight, self.weight_step, self.weight_grid)
+        else:
+            halves = zip(_halves(weight, self.split), self.weight_step, strict=True)
+            weight = torch.cat([rule(half, s, self.weight_grid) for half, s in halves], dim=1)
+        return weight if self.balance is None else (weight / self.weight_balance).to(self.weight.dtype)
 
     def spread_weight_step(self) -> torch.Tensor:
         """The step size of every weight, in a shape that broadcasts to the weights."""
+        return self._folded_step() if self.balance is None else self._folded_step() / self.weight_balance
+
+    def _folded_step(self):
         rows = self.weight_step.reshape(2 if self.split else 1, -1, *[1] * (self.weight.dim() - 1))
         if self.split is None:
             return rows[0]
@@ -126,7 +154,7 @@ class QuantizedLayer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer on quantized input and weights."""
         if self.activation is not None:
-            x = self.activation(x, now())
+            x = self.activation(x, now(), self.balance)
         weight = self.quantized_weight().to(x)  # a view of itself where device and dtype agree
         return (F.linear if isinstance(self, nn.Linear) else self._conv_forward)(x, weight, self.bias)
 
@@ -144,7 +172,7 @@ QUANTIZED: dict[type[nn.Module], Any] = {
 }
 PLAIN = {quantized: plain for plain, quantized in QUANTIZED.items()}
 QuantizedLinear, QuantizedConv1d, QuantizedConv2d, QuantizedConv3d = PLAIN  # pickles find them by name
-BUFFERS = ("weight_step", "levels", "rounded")
+BUFFERS = ("weight_step", "levels", "rounded", "balance")
 ADDED = ("weight_grid", "split", "activation", *BUFFERS)
 
 
@@ -161,6 +189,12 @@ def attach(layer: nn.Module, **added: Any) -> None:
             layer.register_buffer(name, added.get(name))
         else:
             setattr(layer, name, added.get(name))
+
+
+def blank_balance(layer: Any) -> torch.Tensor:
+    """Factors of 1 for the input channels of a layer, in a shape that broadcasts to the input."""
+    channels = layer.weight.shape[1] * getattr(layer, "groups", 1)
+    return torch.ones(channels, *[1] * (layer.weight.dim() - 2), device=layer.weight.device)
 
 
 def detach(layer: nn.Module) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from tdq_utils.errors import TDQError
 from tdq_utils.fit import layers
 from tdq_utils.fit.choice import BYPASSED, LAYERS, chosen_layers, skip_splits
 from tdq_utils.fit.layers import ActivationQuantizer, QuantizedLayer, SplitQuantizer
+from tdq_utils.method.balance import RULES as BALANCES
 from tdq_utils.method.grid import Grid
 from tdq_utils.method.step_sizes import DynamicStep, StaticStep, StepSize, TableStep
 
@@ -31,6 +32,7 @@ class Quantization:
     ``weights`` to ``split_skips``: as :func:`quantize` was given them, but ``kept``: layers left in full precision, each with
     the reason. ``names``: of the quantized layers. ``visited``: time steps that calibration saw. ``frozen``: by :func:`freeze`.
     ``asked``: whether ``keep`` was given, so that calibration adds nothing to ``kept``.
+    ``balance``: rule of the balance over channels, or ``None``.
     ``before``: the parameters before fine-tuning, or ``None``. The rest is for :func:`restore` and :func:`full_precision`.
     """
 
@@ -40,6 +42,7 @@ class Quantization:
     weights_per: str
     kept: dict[str, str]
     split_skips: bool = False
+    balance: str | None = None
     asked: bool = False
     names: list[str] = field(default_factory=list, repr=False)
     visited: list[float] = field(default_factory=list, repr=False)
@@ -52,7 +55,7 @@ class Quantization:
 
 def quantize(model: Any, weights: int | None = 8, activations: int | None = 8, method: str = "tdq",
              keep: str | Iterable[str] | None = None, weights_per: str = "channel", split_skips: bool = False,
-             search: bool = True) -> None:  # fmt: skip
+             balance: bool | str | None = None, search: bool = True) -> None:  # fmt: skip
     """Make the model's conv and linear layers quantized ones, in place; :func:`restore` takes the quantizers out.
 
     The layers stay the same modules; their parameters are not touched. Weights get the MSE-optimal symmetric step; step sizes
@@ -68,6 +71,8 @@ def quantize(model: Any, weights: int | None = 8, activations: int | None = 8, m
             What cannot be quantized (subclasses, computed weights) is left, too; ``model.quantization.kept`` says why.
         weights_per: ``"channel"`` (output channel) or ``"tensor"``. split_skips: give the two halves of a concatenated skip
             input quantizers of their own, for activations and weights (Q-Diffusion, Li et al. 2023).
+        balance: divide each channel of a layer's input by a factor, and multiply its weights with it, so that one interval serves
+            all channels: a rule of :mod:`tdq_utils.method.balance`, ``True`` for "range". ``calibrate`` measures the factors.
         search: look for the step sizes of weights; ``False``: leave them at 1, for a caller who has them.
 
     TDQError: bits outside 2..8, unknown method, a pattern that names no layer, weights that are not finite, a model that is
@@ -75,7 +80,8 @@ def quantize(model: Any, weights: int | None = 8, activations: int | None = 8, m
     """
     if hasattr(model, "quantization"):
         raise TDQError("quantize takes a full-precision model; this one is quantized already. Call restore(model) first.")
-    grid = checked_grid(weights, activations, method, weights_per)
+    balance = "range" if balance is True else balance or None
+    grid = checked_grid(weights, activations, method, weights_per, balance)
     time_argument(model)
     chosen, kept = chosen_layers(model, keep)
     splits = skip_splits(model) if split_skips else {}
@@ -87,21 +93,26 @@ def quantize(model: Any, weights: int | None = 8, activations: int | None = 8, m
                 rows = len(layer.weight) if weights_per == "channel" else 1
                 blank = torch.ones(rows if split is None else (2, rows))
                 step = layers.search_weight_step(layer.weight, grid, weights_per, split) if search else blank
-        quantizer = _new_quantizer(layer, activations, method, split)
+        quantizer = _new_quantizer(layer, activations, method if balance is None else "", split)
         added[name] = dict(weight_grid=grid, weight_step=step, activation=quantizer, split=split)
     found = {name: (parameter.requires_grad, parameter.grad) for name, parameter in model.named_parameters()}
     model.quantization = Quantization(
-        weights, activations, method, weights_per, kept, split_skips, keep is not None, list(chosen), found=found
+        weights, activations, method, weights_per, kept, split_skips, balance, keep is not None, list(chosen), found=found
     )
     _put_on(model, added)
 
 
-def checked_grid(weights: int | None, activations: int | None, method: str, weights_per: str) -> Grid | None:
+def checked_grid(weights: int | None, activations: int | None, method: str, weights_per: str,
+                 balance: str | None = None) -> Grid | None:  # fmt: skip
     """The grid of the weights, from what :func:`quantize` takes. TDQError: it would refuse one of these."""
     if method not in METHODS:
         raise TDQError(f"method must be one of {', '.join(METHODS)}; got {method!r}.")
     if weights_per not in ("channel", "tensor"):
         raise TDQError(f"weights_per must be 'channel' or 'tensor'; got {weights_per!r}.")
+    if balance is not None and balance not in BALANCES:
+        raise TDQError(f"balance must be one of {', '.join(BALANCES)}, True ('range') or None; got {balance!r}.")
+    if balance is not None and activations is None:
+        raise TDQError("balance serves activations on a grid; these are in full precision. Pass activations=8, or no balance.")
     grid, _ = (None if bits is None else Grid(bits) for bits in (weights, activations))
     return grid
 

@@ -106,17 +106,21 @@ class DynamicStep(StepSize):
         """``per``."""
         return dict(per=self.per)
 
-    def interval(self, x: torch.Tensor, below: Any, above: Any) -> tuple[torch.Tensor, ...]:
+    def interval(self, x: torch.Tensor, below: Any, above: Any, balanced: bool = False) -> tuple[torch.Tensor, ...]:
         """The min-max interval of ``x`` on the grid that each range asks for (:meth:`tdq_utils.method.grid.Grid.for_range`).
 
-        ``below``, ``above``: least and greatest level of the symmetric grid, numbers or tensors ``""``. Returns step size, least
-        and greatest level, counted from the value 0; shapes that broadcast to ``x``. All in tensors: nothing waits for a
-        device, and a compiler sees one graph.
+        ``below``, ``above``: least and greatest level of the symmetric grid, numbers or tensors ``""``. ``balanced``: channels
+        were divided by factors, so SiLU's minimum is not theirs: the grid lies between the ends of ``x``.
+
+        Returns step size, least and greatest level, counted from the value 0; shapes that broadcast to ``x``. All in tensors:
+        nothing waits for a device, and a compiler sees one graph.
         """
         shape: Sequence[int] = {"tensor": (), "sample": x.shape[:1], "token": x.shape[:-1]}[self.per]
         least, greatest = x.detach().reshape(math.prod(shape), -1).float().aminmax(dim=1)
         symmetric = (least < SILU_MIN - 1e-3) | ((least < 0) & (greatest < -2 * SILU_MIN))
         low, levels = torch.where(least < 0, SILU_MIN, 0.0), above - below
+        if balanced:
+            symmetric, low, greatest = torch.zeros_like(symmetric), least.clamp(max=0), greatest.clamp_min(0)
         s = torch.where(symmetric, torch.maximum(least / below, greatest / above), (greatest - low) / levels).clamp_min(1e-8)
         zero = torch.where(symmetric, -below, (-low / s).round().clamp(max=levels))
         s, bottom, top = (v.view(*(shape or (1,)), *[1] * (x.dim() - max(1, len(shape)))) for v in (s, -zero, levels - zero))

@@ -43,7 +43,7 @@ class TDQConfig(QuantizationConfigMixin):
     alone reads it back: the same outputs, bit for bit, in the dtype that each tensor had; ``torch_dtype`` casts it as any model.
 
     Args:
-        weights, activations, method, keep, weights_per, split_skips: as ``quantize`` takes them.
+        weights, activations, method, keep, weights_per, split_skips, balance: as ``quantize`` takes them.
         saved: what ``save_pretrained`` adds to them; ``None`` for weights in full precision.
         quant_method: ``"tdq"``, for diffusers.
 
@@ -59,12 +59,14 @@ class TDQConfig(QuantizationConfigMixin):
     keep: Any = None
     weights_per: str = "channel"
     split_skips: bool = False
+    balance: Any = None
     saved: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self.quant_method = _Method.TDQ
         self.keep = self.keep if self.keep is None or isinstance(self.keep, (str, dict)) else list(self.keep)
-        checked_grid(self.weights, self.activations, self.method, self.weights_per)
+        self.balance = "range" if self.balance is True else self.balance or None
+        checked_grid(self.weights, self.activations, self.method, self.weights_per, self.balance)
 
     def to_dict(self) -> dict[str, Any]:
         """All but ``saved``: for ``print``, and for what some versions of diffusers tell the hub in a header."""

@@ -71,12 +71,14 @@ def saturates(weight_bits: int) -> bool:
 class IntegerConv2d(nn.Module):
     """Quantizes its input with ``quantizer.levels(x)``, multiplies and adds integers, and returns floats.
 
-    ``packed``: weights of the frozen ``layer`` as the kernel wants them, one byte each; ``weight_step``: of each output channel.
+    ``packed``: weights of the frozen ``layer`` as the kernel wants them, one byte each; ``weight_step``: of each output channel;
+    ``inverse``: of the balance of its input.
     """
 
     weight_step: torch.Tensor
     weight_zero: torch.Tensor
     bias: torch.Tensor | None
+    inverse: torch.Tensor | None
 
     def __init__(self, layer: QuantizedLayer, quantizer: Any):
         super().__init__()
@@ -84,7 +86,7 @@ class IntegerConv2d(nn.Module):
         pixel = ([1, 1], [0, 0], [1, 1], 1)  # a linear layer's: strides, padding, dilation, groups
         strided = type(layer) is QuantizedConv2d
         self.geometry = (layer.stride, layer.padding, layer.dilation, layer.groups) if strided else pixel
-        for name in ("weight_step", "weight_zero", "bias"):
+        for name in ("weight_step", "weight_zero", "bias", "inverse"):
             self.register_buffer(name, None)
         self.load(layer)
 
@@ -95,11 +97,12 @@ class IntegerConv2d(nn.Module):
         self.weight_step = layer.weight_step.detach().expand(len(levels)).clone()
         self.weight_zero = torch.zeros(len(levels), dtype=torch.int32)
         self.bias = None if layer.bias is None else layer.bias.detach().clone()
+        self.inverse = None if layer.balance is None else 1 / layer.balance.detach()
         self.packed = torch.ops.onednn.qconv_prepack(levels, self.weight_step, 1.0, 0, *self.geometry, None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Floats: what the simulated layer gives, but for the last bits of its sums."""
-        return self._product(*self.quantizer.levels(x))
+        return self._product(*self.quantizer.levels(x, self.inverse))
 
     def _product(self, q, s, zero):
         if s.numel() == 1:
@@ -122,5 +125,5 @@ class IntegerLinear(IntegerConv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Floats ``"batch ... out"`` for floats ``"batch ... in"``."""
         pixels = lambda v: v.reshape(len(x), 1, -1, v.shape[-1]).permute(0, 3, 1, 2)  # noqa: E731  channels last, as they lie
-        levels = (v if v.numel() == 1 else pixels(v) for v in self.quantizer.levels(x))
+        levels = (v if v.numel() == 1 else pixels(v) for v in self.quantizer.levels(x, self.inverse))
         return self._product(*levels).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)

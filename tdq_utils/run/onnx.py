@@ -119,6 +119,7 @@ class _Product(nn.Module):
         self.register_buffer("scale", s.clone())
         self.register_buffer("zero", (-least).to(torch.uint8))
         self.register_buffer("weight", weight.movedim(1, -1).flatten(1).T.contiguous())
+        self.register_buffer("inverse", None if layer.balance is None else 1 / layer.balance.detach())
         self.register_buffer("weight_scale", layer.weight_step.detach().expand(len(weight)).clone())
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
 
@@ -127,6 +128,7 @@ class _Product(nn.Module):
 
     def quantized(self, x):
         """Levels of the input, uint8; their scale and zero point at this t."""
+        x = x if self.inverse is None else x * self.inverse
         s = _node("Gather", self.scale, self.clock.row, dtype=torch.float32, shape=())
         zero = _node("Gather", self.zero, self.clock.row, dtype=torch.uint8, shape=())
         q = _node("QuantizeLinear", x, s, zero, dtype=torch.uint8, shape=x.shape)

@@ -104,6 +104,8 @@ class Runner(Compiled):
     def load_layer(mine: Any, layer: QuantizedLayer) -> None:
         """Give ``mine``, which :meth:`make_layer` made, the weights of another quantized layer."""
         mine.rounded.copy_(layer.quantized_weight())
+        if layer.balance is not None:
+            mine.balance.copy_(layer.balance)
         if layer.bias is not None:
             mine.bias.copy_(layer.bias)
 
@@ -175,18 +177,23 @@ class RowQuantizer(nn.Module):
         super().__init__()
         self.now, self.column, self.step = now, column, step
 
-    def interval(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def interval(self, x: torch.Tensor, balanced: bool) -> tuple[torch.Tensor, ...]:
         """Step size, least and greatest level, counted from the value 0; they broadcast to ``x``."""
         s, least, greatest = self.now[:, self.column].unbind()
-        return (s, least, greatest) if self.step is None else self.step.interval(x, least, greatest)
+        return (s, least, greatest) if self.step is None else self.step.interval(x, least, greatest, balanced)
 
-    def forward(self, x: torch.Tensor, t: TimeSteps | None = None) -> torch.Tensor:
-        """Levels times step size, shaped as ``x``."""
-        return on_levels(x, *self.interval(x))
+    def forward(self, x: torch.Tensor, t: TimeSteps | None = None, balance: torch.Tensor | None = None) -> torch.Tensor:
+        """Levels times step size, and times the balance that the input is divided by first; shaped as ``x``."""
+        if balance is not None:
+            x = x * (1 / balance)
+            return on_levels(x, *self.interval(x, True)) * balance
+        return on_levels(x, *self.interval(x, False))
 
-    def levels(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """``(q, s, zero)``: levels from 0, uint8, shaped as ``x``; step size; level of the value 0, int32."""
-        s, least, greatest = self.interval(x)
+    def levels(self, x: torch.Tensor, inverse: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        """``(q, s, zero)``: levels of ``x * inverse``, from 0, uint8; step size; level of the value 0, int32. ``inverse``: of the
+        balance."""
+        x = x if inverse is None else x * inverse
+        s, least, greatest = self.interval(x, inverse is not None)
         q = torch.clamp(torch.round(x * (1.0 / s)), least, greatest) - least
         return q.to(torch.uint8), s, (-least).to(torch.int32)
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tdq_utils.errors import DataError, TDQError
+from tdq_utils.fit.layers import blank_balance
 from tdq_utils.fit.quantize import activation_quantizers, checked_state, quantize, quantized_layers, round_weights
 from tdq_utils.method.generator import FourierFeatures, RawTime, StepGenerator
 from tdq_utils.method.grid import Grid
@@ -20,7 +21,7 @@ from tdq_utils.method.step_sizes import DynamicStep, LearnedStep, StaticStep, Ta
 
 FORMAT = 1
 KINDS = {kind.__name__: kind for kind in (StaticStep, LearnedStep, DynamicStep, TableStep, StepGenerator)}
-HOW = ("weights", "activations", "method", "weights_per", "split_skips")  # quantize takes them
+HOW = ("weights", "activations", "method", "weights_per", "split_skips", "balance")  # quantize takes them
 
 
 def save_quantized(model: Any, folder: str | Path, packed: bool = False) -> None:
@@ -55,6 +56,7 @@ def describe(model: Any) -> dict[str, Any]:
     return {name: getattr(state, name) for name in (*HOW, "asked", "frozen", "visited")} | dict(
         format=FORMAT,
         keep=state.kept,
+        balanced=any(layer.balance is not None for layer in quantized_layers(model).values()),  # measured by now
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         channels_last=any(p.dim() == 4 and not p.is_contiguous() for p in model.parameters()),  # decides in which order sums go
         layers={name: _describe(quantizer) for name, quantizer in activation_quantizers(model).items()},
@@ -137,7 +139,7 @@ def _build(settings, tensors):
     for name, layer in quantized_layers(model).items():
         if settings.get("packed"):
             tensors[f"{name}.levels"] = unpack(tensors.pop(f"{name}.packed"), layer.weight.shape)
-            layer.weight_step = tensors[f"{name}.weight_step"]
+            layer.weight_step, layer.balance = tensors[f"{name}.weight_step"], tensors.get(f"{name}.balance")
             tensors[f"{name}.weight"] = tensors[f"{name}.levels"] * layer.spread_weight_step()
         layer.levels = tensors.get(f"{name}.levels")
     model.load_state_dict(tensors)
@@ -148,9 +150,11 @@ def _build(settings, tensors):
 
 def rebuild(model: Any, settings: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
     """Quantize a model as :func:`describe` says, still without the values; of ``tensors``, tables take their length."""
-    quantize(model, **{name: settings[name] for name in HOW}, keep=list(settings["keep"]), search=False)
+    quantize(model, **{name: settings[name] for name in HOW if name in settings}, keep=list(settings["keep"]), search=False)
     model.quantization.kept |= settings["keep"] if isinstance(settings["keep"], dict) else {}  # with the reasons
     model.quantization.visited, model.quantization.asked = settings.get("visited", []), settings.get("asked", True)
+    for layer in quantized_layers(model).values() if settings.get("balanced") else ():
+        layer.balance = blank_balance(layer)
     places = {module: place for place, module in model.named_modules()}
     for name, quantizer in activation_quantizers(model).items():
         _rebuild(quantizer, settings["layers"][name], tensors, places[quantizer])

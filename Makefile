@@ -29,6 +29,7 @@ reproduce: $(READY)  ## the tables of post-training quantization, its ablations 
 	$(call MEASURE,quickstart,2)
 	$(call MEASURE,ptq,2,$(INTEGER))
 	$(call MEASURE,ablations,2,$(INTEGER))
+	$(call MEASURE,balance,2,$(INTEGER))
 	$(call MEASURE,qat,1,$(INTEGER))
 	$(call MEASURE,trials,1,$(INTEGER))
 

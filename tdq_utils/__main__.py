@@ -13,7 +13,7 @@ import torch
 import tdq_utils as tdq
 from tdq_utils.errors import TDQError
 
-SHOWN = ("question", "variant", "steps", "method", "weights_method", "weights", "activations", "repeat", "iterations",
+SHOWN = ("question", "variant", "rule", "steps", "method", "weights_method", "weights", "activations", "repeat", "iterations",
          "step_rate", "generator_rate", "split_skips", "mse", "fcd", "fid", "kid", "seconds")  # fmt: skip
 BELONGS = {"quick": "ptq, qat", "steps": "quickstart, ptq, qat", "iterations": "qat, trials",
            **dict.fromkeys(("methods", "weights", "activations", "picture"), "quickstart")}  # fmt: skip
@@ -73,7 +73,7 @@ def reproduce(args: Namespace) -> None:
     """Measure a table; a row that is there already is not measured again."""
     from tdq_utils.lab import reproduce as engine
     from tdq_utils.lab.protocol import Reference
-    from tdq_utils.lab.tables import ablations, ptq, qat, quickstart, trials
+    from tdq_utils.lab.tables import ablations, balance, ptq, qat, quickstart, trials
 
     for option, tables in BELONGS.items():
         if getattr(args, option) not in (None, False) and args.table not in tables.split(", "):
@@ -87,6 +87,7 @@ def reproduce(args: Namespace) -> None:
         "ptq": partial(ptq.ptq_jobs, args.quick, steps),
         "qat": partial(qat.qat_jobs, args.quick, steps, iterations),
         "ablations": ablations.ablation_jobs,
+        "balance": balance.balance_jobs,
         "trials": partial(trials.trial_jobs, args.iterations or 150),
     }
     jobs, state = jobs_of[args.table](), engine.processes()
@@ -203,8 +204,8 @@ def _asking_options(sub: Any) -> None:
 
 
 def _reproduce_options(sub: ArgumentParser) -> None:
-    sub.add_argument("table", choices=["quickstart", "ptq", "qat", "ablations", "trials"],
-                     help="a few intervals; post-training; training; ablations of TDQ; short trials of training")  # fmt: skip
+    sub.add_argument("table", choices=["quickstart", "ptq", "qat", "ablations", "balance", "trials"],
+                     help="a few intervals; post-training; training; ablations of TDQ; channels; trials of training")  # fmt: skip
     sub.add_argument("--cache", type=Path, help="folder for full-precision images and trainings (default: beside the CSV)")
     sub.add_argument("--quick", action="store_true", help="few bits, once, 128 images, 10 steps: minutes")
     _numbers(sub, images=(None, "a row (default: 1000, quickstart and trials 256, quick 128)"),

@@ -170,4 +170,4 @@ def test_make_reproduce_gives_every_table_its_threads():
     text = (Path(__file__).parents[1] / "Makefile").read_text()
     for name, threads in re.findall(r"call MEASURE,(\w+),(\d)", text):
         assert set(pd.read_csv(Path(__file__).parents[1] / f"data/results/{name}.csv").threads) == {int(threads)}
-    assert text.count("call MEASURE,") == 5
+    assert text.count("call MEASURE,") == 6

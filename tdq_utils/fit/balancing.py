@@ -1,6 +1,7 @@
 """Balance the layers of a quantized model: measure the channels of their inputs, and fold factors into their weights."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def balance_layers(model: nn.Module, data: CalibrationSet | Calls, shifted: bool
     a ``balance``, weights the step sizes of least error for it, and no learned rounding.
     """
     state, layers, grids = checked_state(model), quantized_layers(model), {}
-    vectors = sampled_inputs(model, data, batch_size)
+    vectors = sampled_inputs(model, data, list(layers), batch_size)
     for name, layer in tqdm(layers.items(), desc="balance channels", disable=not progress, leave=False):
         x, factors = vectors.pop(name), []
         with weights_at_hand(layer):
@@ -55,9 +56,10 @@ def parts_of(name: str, layer: QuantizedLayer) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def sampled_inputs(model: nn.Module, data: CalibrationSet | Calls, batch_size: int = 16) -> dict[str, Tensor]:
-    """Vectors of the input of every quantized layer in full precision, drawn at random: ``"t vector channel"`` on the CPU."""
-    names, device = list(quantized_layers(model)), device_of(model)
+def sampled_inputs(model: nn.Module, data: CalibrationSet | Calls, names: Sequence[str],
+                   batch_size: int = 16) -> dict[str, Tensor]:  # fmt: skip
+    """Vectors of the input of layers in full precision, drawn at random: ``"t vector channel"`` float32, on the CPU."""
+    device = device_of(model)
     kept: dict[str, dict[float, list[Tensor]]] = {name: defaultdict(list) for name in names}
     widths: dict[str, int] = {}
     generator = torch.Generator().manual_seed(0)

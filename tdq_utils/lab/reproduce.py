@@ -189,7 +189,7 @@ class Workbench:
         """What samples the calibrated model: itself, or a compiled graph that all models of its structure share."""
         if (kind := ENGINES[self._engine(job)]) is None:
             return self.model
-        structure = kind, job.steps, DYNAMIC.get(job.method), job.split_inputs
+        structure = kind, job.steps, DYNAMIC.get(job.method), job.split_inputs, job.balance is not None
         if structure not in self.runners:
             self.runners[structure] = kind(self.model, self.scheduler, job.steps)
         self.runners[structure].load(self.model)

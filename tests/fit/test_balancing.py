@@ -88,10 +88,11 @@ def test_recorded_calls_of_a_pipeline_serve(unet, scheduler):
 
 def test_vectors_are_those_of_the_full_precision_model(unet, data):
     quantize(unet, 2, 2, "mse", balance=True)
-    vectors = sampled_inputs(unet, data, batch_size=2)
+    names = list(quantized_layers(unet))
+    vectors = sampled_inputs(unet, data, names, 2)
     for name, layer in quantized_layers(unet).items():
         assert vectors[name].shape[0] == 4 and vectors[name].shape[2] == layer.weight.shape[1]
-    assert all(torch.equal(a, b) for a, b in zip(vectors.values(), sampled_inputs(unet, data, 2).values(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(vectors.values(), sampled_inputs(unet, data, names, 2).values(), strict=True))
 
 
 def test_adaround_rounds_the_folded_weights(unet, data):

@@ -19,6 +19,7 @@ from tdq_utils.lab import reproduce as module
 from tdq_utils.lab.reproduce import reproduce
 from tdq_utils.lab.results import Table, read_rows
 from tdq_utils.lab.tables.ablations import Ablation, ablation_jobs
+from tdq_utils.lab.tables.balance import balance_jobs
 from tdq_utils.lab.tables.ptq import BITS, HEADLINE, Job, ptq_jobs
 from tdq_utils.lab.tables.qat import qat_jobs
 from tdq_utils.lab.tables.quickstart import quickstart_jobs
@@ -44,6 +45,7 @@ TABLES = {  # jobs, threads and images of the committed tables
     "full_precision": (quickstart_jobs([]), 2, 5000),
     "ptq": (ptq_jobs(), 2, 1000),
     "ablations": (ablation_jobs(), 2, 1000),
+    "balance": (balance_jobs(), 2, 1000),
     "qat": (qat_jobs(), 1, 1000),
     "trials": (trial_jobs(), 1, 256),
 }

@@ -6,7 +6,17 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from tdq_utils import CalibrationSet, calibrate, freeze, load_quantized, quantize, quantized_layers, restore, sample, save_quantized
+from tdq_utils import (
+    CalibrationSet,
+    calibrate,
+    freeze,
+    load_quantized,
+    quantize,
+    quantized_layers,
+    restore,
+    sample,
+    save_quantized,
+)
 from tdq_utils.run import integer
 from tdq_utils.run.onnx import OnnxModel, export_onnx
 from tdq_utils.run.runtime import Runner

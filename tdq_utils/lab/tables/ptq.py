@@ -54,18 +54,23 @@ class Job:
 
     @property
     def choices(self) -> dict[str, Any]:
-        """What is not as always: ``trajectories`` of calibration, ``split_skips`` of ``quantize``, arguments of ``calibrate``."""
+        """What is not as always: ``trajectories`` of calibration, what ``quantize`` takes, arguments of ``calibrate``."""
         return dict(seed=self.repeat) if self.method in ("learned", "tdq") else {}
 
     @property
     def options(self) -> dict[str, Any]:
         """Further arguments of ``calibrate``."""
-        return {name: value for name, value in self.choices.items() if name not in ("trajectories", "split_skips")}
+        return {name: value for name, value in self.choices.items() if name not in ("trajectories", "split_skips", "balance")}
 
     @property
     def split_inputs(self) -> bool:
         """Whether the halves of skip inputs are quantized apart."""
         return self.choices.get("split_skips", False)
+
+    @property
+    def balance(self) -> str | None:
+        """The rule that channels are balanced by."""
+        return self.choices.get("balance")
 
     @property
     def calibration(self) -> tuple[range, int]:
@@ -80,10 +85,13 @@ class Job:
         ``calibration``: function -> ``(data, profile)`` that calibration sees, the profile ``None`` before the model is
         quantized; ``folder``: for what a long preparation keeps to go on from; ``training``: function -> ``(images, further
         arguments)`` of ``finetune``; ``progress``: show bars."""
-        quantize(model, self.weights or None, self.activations or None, self.method, split_skips=self.split_inputs)
+        how = dict(split_skips=self.split_inputs, balance=self.balance)
+        quantize(model, self.weights or None, self.activations or None, self.method, **how)
         data, profile = calibration()
-        learned = dict(weights_method="adaround", data=data) if self.weights_method == "adaround" else {}
-        calibrate(model, scheduler, profile=profile, **learned, progress=progress, **self.options)
+        seen: dict[str, Any] = dict(data=data) if self.balance else dict(profile=profile)
+        if self.weights_method == "adaround":
+            seen |= dict(weights_method="adaround", data=data)
+        calibrate(model, scheduler, **seen, progress=progress, **self.options)
         return {}
 
 

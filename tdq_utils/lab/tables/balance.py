@@ -1,0 +1,42 @@
+"""Time or channels? What balancing channels gives, alone and with intervals over t."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tdq_utils.lab.tables.ptq import Job
+
+BITS = ((8, 5), (4, 4), (8, 6), (4, 5), (8, 4))
+HEADLINE = BITS[:2]  # these get a third repeat
+METHODS, BY_INPUT = ("mse", "table", "tdq"), ("dynamic-sample", "dynamic-token")
+ELSEWHERE = ((8, 5), (8, 6), (4, 5), (8, 4))  # the table of post-training quantization has the rows that are not balanced
+RULES = ("smooth", "ptq4dit", "mse")  # beside "range", tried once at the headline bits
+
+
+@dataclass(frozen=True)
+class BalanceJob(Job):
+    """A row of the table; ``rule``: by which channels are balanced, or "-"."""
+
+    rule: str = "-"
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """What is not as always: the balance."""
+        return super().choices | ({} if self.rule == "-" else dict(balance=self.rule))
+
+
+def balance_jobs(repeats: int = 2) -> list[BalanceJob]:
+    """The jobs of the table, most wanted first: balanced by "range", with weights rounded to nearest or, of 4 bits, by AdaRound;
+    at bits that the table of post-training quantization lacks, also without. Intervals by input, slowest to sample, last."""
+    jobs, last = [], []
+    for repeat in range(repeats + 1):
+        jobs.append(BalanceJob("full precision", repeat=repeat))
+        for w, a in BITS if repeat < repeats else HEADLINE:
+            base = BalanceJob("", w, a, repeat, rule="range")
+            jobs += [replace(base, method=method) for method in METHODS]
+            if (w, a) not in ELSEWHERE:
+                jobs += [replace(base, method=method, rule="-") for method in METHODS]
+            if w < 8:
+                last += [replace(base, method=method, weights_method="adaround") for method in ("mse", "tdq")]
+            last += [replace(base, method=method, rule=rule) for method in BY_INPUT for rule in ("range", "-")]
+    jobs += [BalanceJob("mse", w, a, rule=rule) for w, a in HEADLINE for rule in RULES]
+    return jobs + last

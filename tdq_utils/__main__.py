@@ -43,6 +43,14 @@ def demo(args: Namespace) -> None:
     print(f"The rendered notebook, which opens without a network: {page.resolve()}")
 
 
+def exercises(args: Namespace) -> None:
+    """Write the students' notebooks and the solved ones, from one source a lesson."""
+    from tdq_utils.show.exercises import EXERCISES, write
+
+    made = write(EXERCISES, args.out)
+    print(f"{len(made) // 2} notebooks for students: {EXERCISES.resolve()}\nthe same, solved: {args.out.resolve()}")
+
+
 def train(args: Namespace) -> None:
     """Train one of ``TRAININGS``: the options of each are the arguments of its function."""
     from tdq_utils.lab import training
@@ -166,6 +174,7 @@ def parser() -> ArgumentParser:
         return sub
 
     command(demo, "runs", model=False)
+    command(exercises, "build/solutions", model=False)
     for name, (what, loops, count) in TRAININGS.items():
         sub = command(train, f"runs/{name.removeprefix('train-')}", False, name, what)
         _numbers(sub, **{loops: (count, "of training")}, seed=(0, "of weights and data order"))

@@ -58,7 +58,7 @@ class Check:
         try:
             self._judge(yours)
         except Unfinished:
-            return "not yet: replace the line with NotImplementedError, then run this cell again."
+            return "not yet: replace the line that raises NotImplementedError, run that cell, then this one."
         except Wrong as wrong:
             return f"not right: {wrong}."
         return f"right: {self.right}"
@@ -145,7 +145,7 @@ def compare(expected: Any, found: Any, case: Case, tolerance: float = 1e-4, plac
         number = _number(found)
         if number is None:
             raise Wrong(f"{place}it returns {_kind(found)}; expected a number")
-        if number != expected and not abs(number - expected) <= tolerance * abs(expected):
+        if number != expected and not abs(number - expected) <= tolerance * abs(expected) + 1e-9:
             raise Wrong(f"{place}{_at(case)}it gives {_short(number)}, expected {_short(expected)}")
     elif type(found := _plain(found)) is not type(expected):
         raise Wrong(f"{place}it returns {_kind(found)}; expected {_kind(expected)}")

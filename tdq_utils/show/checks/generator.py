@@ -81,7 +81,9 @@ generator_gradient = Check(
         "it multiplies by exp(z), the derivative of exp; that of softplus is sigmoid": (
             lambda x, z, bits: _to_s(x, z, bits) * z.exp()
         ),
-        "it takes z for the step size; s is softplus(z)": lambda x, z, bits: _to_s(x, torch.log(torch.expm1(z.abs())), bits),
+        "it takes z for the step size; s is softplus(z)": lambda x, z, bits: (
+            _to_s(x, torch.log(torch.expm1(z.abs())), bits) * torch.sigmoid(z)
+        ),
     },
 )
 

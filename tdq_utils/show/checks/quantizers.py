@@ -99,11 +99,12 @@ def _over_least(function, x, bits):
     """The squared error of the step that was found, over the least one; below the kit's own counts as that."""
     grid = Grid(bits)
     error = lambda s: squared_error(x[None], None, torch.as_tensor(s, dtype=x.dtype).reshape(1), grid).item()  # noqa: E731
-    return {"squared error over the least": max(1.0, error(function(x, bits)) / error(mse_step(x[None], grid)))}
+    ratio = error(function(x, bits)) / error(mse_step(x[None], grid))
+    return {"squared error over the least": 1.0 if ratio < 1 else ratio}
 
 
 def _absolute(x: Tensor, bits: int) -> Tensor:
-    tried = torch.linspace(0.02, 1, 100) * _widest(x, bits)
+    tried = torch.linspace(0.02, 1, 200) * _widest(x, bits)
     return min(tried, key=lambda s: (_rounded(x, s, bits) - x).abs().sum().item())
 
 

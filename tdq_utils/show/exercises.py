@@ -61,12 +61,13 @@ def notebook(source: str, solved: bool, links: str = "../") -> dict[str, Any]:
     names: dict[str, Any] = {}
     for number, (kind, text) in enumerate(cells(source)):
         if kind == "markdown":
-            own = dict(cell_type="markdown", source=text.replace("](../", f"]({links}"), metadata={})
+            text = text.replace("](../", f"]({links}")
+            own: dict[str, Any] = dict(cell_type="markdown", metadata={})
         else:
             text = stub(text) if kind == "solution" and not solved else text
-            own = dict(cell_type="code", source=text, metadata={"tags": ["task"]} if kind == "solution" else {})
+            own = dict(cell_type="code", metadata={"tags": ["task"]} if kind == "solution" else {})
             own |= dict(outputs=_printed(text, names), execution_count=1 + sum("outputs" in cell for cell in made))
-        made.append(dict(own, id=f"cell-{number}", source=own["source"].splitlines(keepends=True)))
+        made.append(dict(own, id=f"cell-{number}", source=text.splitlines(keepends=True)))
     return dict(cells=made, metadata=KERNEL, nbformat=4, nbformat_minor=5)
 
 
@@ -82,6 +83,26 @@ def _printed(text: str, names: dict[str, Any]) -> list[dict[str, Any]]:
 def written(source: Path, solved: bool, links: str = "../") -> str:
     """The notebook of one source file as text."""
     return json.dumps(notebook(source.read_text(), solved, links), indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+
+
+def verdicts(path: Path, timeout: int = 120) -> dict[str, str]:
+    """What the checks say of a notebook that a student hands in: ``{check: sentence}``, from running it in a kernel of its own.
+
+    A check that says nothing, because its cell fails or takes more than ``timeout`` seconds, has not been passed.
+    """
+    import nbformat
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellTimeoutError
+
+    handed_in = nbformat.read(path, as_version=4)
+    client = NotebookClient(handed_in, timeout=timeout, kernel_name="python3", allow_errors=True)
+    with contextlib.suppress(CellTimeoutError):
+        client.execute()
+    found = {}
+    for cell in handed_in.cells:
+        if name := re.fullmatch(r"checks\.(\w+)\(\w+\)", cell.source.strip()):
+            found[name[1]] = "".join(output.get("text", "") for output in cell.outputs).strip() or "not right: it did not run."
+    return found
 
 
 def write(students: Path = EXERCISES, solutions: Path = SOLUTIONS) -> list[Path]:

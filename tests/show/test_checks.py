@@ -10,11 +10,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from wrong_answers import WRONG
 
 from tdq_utils.show import checks
 from tdq_utils.show.checks.compare import Check
 from tdq_utils.show.exercises import cells, sources
-from tests.show.wrong_answers import WRONG
 
 MODULES = [module.name for module in pkgutil.iter_modules(checks.__path__) if module.name != "compare"]
 CHECKS = {

@@ -16,7 +16,7 @@ STEPS = 20
 def _scheduler(clip: bool = True, train_steps: int = 1000) -> Any:
     from diffusers import DDIMScheduler  # seconds to import
 
-    scheduler: Any = DDIMScheduler(train_steps, clip_sample=clip, timestep_spacing="trailing")
+    scheduler: Any = DDIMScheduler(num_train_timesteps=train_steps, clip_sample=clip, timestep_spacing="trailing")
     scheduler.set_timesteps(STEPS)
     return scheduler
 

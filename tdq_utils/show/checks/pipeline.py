@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from tdq_utils.denoiser.call import read_call
+from tdq_utils.denoiser.sampling import sample
+from tdq_utils.fit.calibration import calibrate
+from tdq_utils.fit.quantize import quantize, restore
 from tdq_utils.method.generator import unit_of
 from tdq_utils.show.checks.compare import Case, Check
 
@@ -111,14 +114,12 @@ SEEDS, STEPS, HOW = range(2), 2, dict(weights=4, activations=4, method="minmax")
 
 
 def _round_trip(model: Any, scheduler: Any) -> tuple[Tensor, Tensor, Tensor]:
-    import tdq_utils as tdq
-
-    draw = lambda: tdq.sample(model, scheduler, SEEDS, STEPS, progress=False)  # noqa: E731
+    draw = lambda: sample(model, scheduler, SEEDS, STEPS, progress=False)  # noqa: E731
     clean = draw()
-    tdq.quantize(model, **HOW)  # type: ignore[arg-type]
-    tdq.calibrate(model, scheduler, SEEDS, STEPS, progress=False)
+    quantize(model, **HOW)  # type: ignore[arg-type]
+    calibrate(model, scheduler, SEEDS, STEPS, progress=False)
     quantized = draw()
-    tdq.restore(model)
+    restore(model)
     return clean, quantized, draw()
 
 
@@ -142,10 +143,8 @@ def _tiny() -> list[Case]:
 
 def _forgetful(model: Any, scheduler: Any) -> tuple[Tensor, ...]:
     """Leaves the quantizers in."""
-    import tdq_utils as tdq
-
     pictures = _round_trip(model, scheduler)
-    tdq.quantize(model, **HOW)  # type: ignore[arg-type]
+    quantize(model, **HOW)  # type: ignore[arg-type]
     return pictures[0], pictures[1], pictures[1]
 
 

@@ -41,6 +41,8 @@ def test_every_lesson_has_exercises_and_they_are_enough():
     assert len(SOURCES) >= 10
     tasks = [sum(kind == "solution" for kind, _ in exercises.cells(source.read_text())) for source in SOURCES]
     assert all(2 <= n <= 4 for n in tasks) and sum(tasks) >= 30
+    assert f"Ten notebooks, {sum(tasks)} tasks" in (exercises.EXERCISES / "TEACHING.md").read_text()
+    assert f"{sum(tasks)} functions to write" in (ROOT / "README.md").read_text()
 
 
 @each_source

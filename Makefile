@@ -1,10 +1,10 @@
-# make demo | test | lab | reproduce | bench | notebooks
+# make demo | test | lab | exercises | reproduce | bench | notebooks
 PYTHON ?= python3
 BIN := .venv/bin
 # One stamp: reinstall only when a list of requirements changes.
 READY := .venv/.installed
 
-.PHONY: demo test lab reproduce bench notebooks clean
+.PHONY: demo test lab exercises reproduce bench notebooks clean
 
 demo: $(READY)  ## execute the quickstart, print its table, name its page
 	$(BIN)/python -m tdq_utils demo
@@ -18,6 +18,9 @@ test: $(READY)  ## lint, types, unit tests, and every notebook against its store
 
 lab: $(READY)  ## JupyterLab on the quickstart
 	$(BIN)/jupyter lab notebooks/00_quickstart.ipynb
+
+exercises: $(READY)  ## the students' notebooks from their sources, and solved ones into build/solutions
+	$(BIN)/python -m tdq_utils exercises
 
 # How the committed tables were sampled: with so many threads, and these options. Without 8-bit dot products or a C++ compiler:
 # make reproduce ENGINE=eager

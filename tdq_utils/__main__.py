@@ -43,6 +43,20 @@ def demo(args: Namespace) -> None:
     print(f"The rendered notebook, which opens without a network: {page.resolve()}")
 
 
+def exercises(args: Namespace) -> None:
+    """Write the students' notebooks and the solved ones, from one source a lesson; or run and judge what students hand in."""
+    from tdq_utils.show import exercises as kit
+
+    for path in args.check or ():
+        said = kit.verdicts(path)
+        right = sum(sentence.startswith("right") for sentence in said.values())
+        others = [f"  {name}: {sentence}" for name, sentence in said.items() if not sentence.startswith("right")]
+        print("\n".join([f"{path}: {right} of {len(said)} right", *others]), flush=True)
+    if not args.check:
+        made = kit.write(kit.EXERCISES, args.out)
+        print(f"{len(made) // 2} notebooks for students: {kit.EXERCISES.resolve()}\nthe same, solved: {args.out.resolve()}")
+
+
 def train(args: Namespace) -> None:
     """Train one of ``TRAININGS``: the options of each are the arguments of its function."""
     from tdq_utils.lab import training
@@ -167,6 +181,7 @@ def parser() -> ArgumentParser:
         return sub
 
     command(demo, "runs", model=False)
+    command(exercises, "build/solutions", model=False).add_argument("--check", type=Path, nargs="+", help="notebooks to judge")
     for name, (what, loops, count) in TRAININGS.items():
         sub = command(train, f"runs/{name.removeprefix('train-')}", False, name, what)
         _numbers(sub, **{loops: (count, "of training")}, seed=(0, "of weights and data order"))

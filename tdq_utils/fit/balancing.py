@@ -57,8 +57,11 @@ def parts_of(name: str, layer: QuantizedLayer) -> dict[str, Any]:
 
 @torch.no_grad()
 def sampled_inputs(model: nn.Module, data: CalibrationSet | Calls, names: Sequence[str],
-                   batch_size: int = 16) -> dict[str, Tensor]:  # fmt: skip
-    """Vectors of the input of layers in full precision, drawn at random: ``"t vector channel"`` float32, on the CPU."""
+                   batch_size: int = 16, vectors: int = VECTORS) -> dict[str, Tensor]:  # fmt: skip
+    """Vectors of the input of layers in full precision, drawn at random: ``"t vector channel"`` float32, on the CPU.
+
+    ``vectors``: of each call, fewer where all would take more than ``ROOM``.
+    """
     device = device_of(model)
     kept: dict[str, dict[float, list[Tensor]]] = {name: defaultdict(list) for name in names}
     widths: dict[str, int] = {}
@@ -70,7 +73,7 @@ def sampled_inputs(model: nn.Module, data: CalibrationSet | Calls, names: Sequen
             x = args[0].detach()
             x = (x if isinstance(layer, nn.Linear) else x.movedim(1, -1)).reshape(-1, args[0].shape[_axis(layer)])
             widths[name] = x.shape[1]
-            most = max(1, min(VECTORS, ROOM // (4 * calls * sum(widths.values()))))
+            most = max(1, min(vectors, ROOM // (4 * calls * sum(widths.values()))))
             rows = torch.randint(len(x), (most,), generator=generator)
             kept[name][now().values[0]].append(x[rows.to(x.device)].float().cpu())
 

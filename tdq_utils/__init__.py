@@ -10,11 +10,14 @@ from tdq_utils.denoiser.record import record
 from tdq_utils.denoiser.recording import profile_activations
 from tdq_utils.denoiser.sampling import noise, sample, timesteps
 from tdq_utils.errors import DataError, TDQError
+from tdq_utils.fit.balancing import sampled_inputs
 from tdq_utils.fit.calibration import calibrate
 from tdq_utils.fit.calibration_set import CalibrationSet
 from tdq_utils.fit.choice import kept_layers
+from tdq_utils.fit.decomposition import decompose
 from tdq_utils.fit.finetuning import finetune
 from tdq_utils.fit.quantize import METHODS, activation_quantizers, freeze, full_precision, quantize, quantized_layers, restore
+from tdq_utils.method.balance import balance
 from tdq_utils.method.generator import FourierFeatures, RawTime, StepGenerator
 from tdq_utils.method.grid import Grid, fake_quantize, mse_step, squared_error
 from tdq_utils.method.rules import RULES
@@ -27,8 +30,8 @@ from tdq_utils.run.storage import load_quantized, save_quantized
 _HEAVY = {
     "lab": "bench compare:tables.quickstart fid layer_sensitivity:sensitivity load_images:datasets reproduce tables",
     "run": "TDQConfig:hosting onnx",
-    "show": "NAMES:tables headline:tables plots profile_plots report:report result_plots significant:tables styled:tables "
-    "widgets",
+    "show": "NAMES:tables channel_plots headline:tables plots profile_plots report:report result_plots significant:tables "
+    "styled:tables widgets",
 }
 _HOMES = {name: (wing, *home) for wing, names in _HEAVY.items() for name, *home in (entry.split(":") for entry in names.split())}
 _IMPORTED = [name for name, value in globals().items() if getattr(value, "__module__", "").startswith(__name__)]

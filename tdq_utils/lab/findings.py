@@ -21,6 +21,7 @@ from tdq_utils.denoiser.sampling import Seeds, checked_seeds, sample, timesteps
 from tdq_utils.errors import TDQError
 from tdq_utils.fit.calibration_set import check_eval, check_made_by
 from tdq_utils.fit.choice import chosen_layers
+from tdq_utils.fit.decomposition import decompose
 from tdq_utils.fit.quantize import activation_quantizers, checked_grid, quantized_layers
 from tdq_utils.lab.bench import machine
 from tdq_utils.lab.sensitivity import MEASURED, by_layer, decibels, output_errors, outputs, quantized, removed
@@ -111,7 +112,8 @@ class Survey:
         """Measure it all. TDQError: as sampling and calibration raise it; the model is in full precision then, too."""
         settings = [(method, bits) for bits in self.bits for method in METHODS if self._wanted(method, bits)]
         layers = 0 if self.calls is None else len(self.names)
-        with tqdm(total=len(self.bits) + 1 + len(settings) + layers, desc="report", disable=not self.progress) as bar:
+        parts = len(self.bits) + 1 + len(settings) + layers + 3 * (layers > 0)
+        with tqdm(total=parts, desc="report", disable=not self.progress) as bar:
             clock = Clock(bar)
             self._look_at_profile(clock)
             with clock.part("full precision"):
@@ -119,6 +121,8 @@ class Survey:
                 self._sample("full precision")
             for method, bits in settings:
                 self._measure(method, bits, clock)
+            if self.calls is not None:
+                self._look_at_channels(clock)
         self._conclude(clock.seconds)
         return self
 
@@ -161,6 +165,19 @@ class Survey:
                 self.found["sensitivity"] = dict(
                     all_db=decibels(self.errors[method, bits].mean()), layers=table.to_dict("records")
                 )
+
+    def _look_at_channels(self, clock):
+        """What an interval over t could give, and over channels; what a balance of channels does to the output."""
+        bits, balanced = self.activations, {}
+        with clock.part("channels"):
+            self.found["channels"] = decompose(self.model, self.calls, bits, self.names).to_dict("records")
+        for method in METHODS[:2]:
+            with (
+                clock.part(f"A{bits}, balanced, {method}"),
+                quantized(self.model, self.profile, self.weights, bits, method, self.calls),
+            ):
+                balanced[method] = removed(self.errors["mse", bits], output_errors(self.model, self.calls, self.clean))
+        self.found["balanced"] = [dict(method=method, removed=share, removed_se=se) for method, (share, se) in balanced.items()]
 
     def _sample(self, method):
         if self.scheduler is not None:

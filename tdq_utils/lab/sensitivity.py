@@ -31,14 +31,17 @@ def recorded_calls(recorded: Recorded) -> Calls:
 
 
 @contextmanager
-def quantized(model: nn.Module, profile: Profile, weights: int, activations: int, method: str) -> Iterator[nn.Module]:
+def quantized(model: nn.Module, profile: Profile, weights: int, activations: int, method: str,
+              balanced: Calls | None = None) -> Iterator[nn.Module]:  # fmt: skip
     """While open, the model is quantized and calibrated by a profile of it; afterwards it is what it was, bit for bit.
 
-    The same layers are kept for every method, also for those that calibration measures nothing for."""
-    quantize(model, weights, activations, method)
+    The same layers are kept for every method, also for those that calibration measures nothing for. ``balanced``: calls to
+    measure a balance of channels on, and what comes after it."""
+    quantize(model, weights, activations, method, balance=balanced is not None)
     try:
         keep_too(model, profile.carries_t, MEASURED)
-        calibrate(model, profile=profile, progress=False)
+        seen: dict[str, Any] = dict(profile=profile) if balanced is None else dict(data=balanced)
+        calibrate(model, **seen, progress=False)
         round_weights(model)
         yield model
     finally:

@@ -29,12 +29,29 @@ def listed(parts: Sequence[str]) -> str:
 
 
 def verdict(found: Mapping[str, Any]) -> list[str]:
-    """Two sentences on what was found (:class:`tdq_utils.lab.findings.Survey`): does an interval over t help; what decides?
+    """Sentences on what was found (:class:`tdq_utils.lab.findings.Survey`): does an interval over t help; what decides; time or
+    channels?
 
     By the model's output where that was measured, else by the inputs of its layers, as what could be gained at most.
     """
     measured = found["measured"] == "output"
-    return [_helps(found["gains"], measured), (_decide if measured else _could_gain)(found)]
+    sentences = [_helps(found["gains"], measured), (_decide if measured else _could_gain)(found)]
+    return [*sentences, *_channels(found)] if "channels" in found else sentences
+
+
+def _channels(found):
+    """Two sentences: what follows time and channels could gain at the layers' inputs; what a balance removes from the output."""
+    bits, layers = found["activations"], found["channels"]
+    time, channels, both = (np.median([row[f"{kind}_db"] for row in layers]) for kind in ("time", "channels", "both"))
+    parts = {"mse": "one constant", "tdq": "TDQ"}
+    does = []
+    for row in found["balanced"]:
+        share, sign = row["removed"], certain(row["removed"], row["removed_se"])
+        what = f"{'removes' if sign > 0 else 'adds'} {percent(abs(share))}" if sign else "changes nothing that is sure"
+        does.append(f"with {parts[row['method']]} {what}")
+    return [f"At a layer's input the error at A{bits} falls by {time:.1f} dB if its interval follows time, by {channels:.1f} dB "
+            f"if it follows channels, by {both:.1f} dB if both (medians of {len(layers)} layers).",
+            f"Balanced over channels, the model at A{bits} {'; '.join(does)} of what the best constant loses."]  # fmt: skip
 
 
 def _helps(gains, measured):

@@ -14,6 +14,7 @@ from tdq_utils.denoiser.record import Recorded
 from tdq_utils.denoiser.sampling import Seeds
 from tdq_utils.lab.findings import Survey
 from tdq_utils.show import report_plots as figures
+from tdq_utils.show.channel_plots import time_and_channels
 from tdq_utils.show.tables import NAMES, significant, styled
 
 PAGE = Path(__file__).parent / "assets" / "report.html"
@@ -61,7 +62,7 @@ def _write(path, text):
 
 def render(found: Mapping[str, Any], images: Mapping[str, Any]) -> str:
     """The page of what a :class:`tdq_utils.lab.findings.Survey` found, with its pictures."""
-    parts = [_gains(found), _ranges(found), _drift(found), _outputs(found), _layers(found), _kept(found),
+    parts = [_gains(found), _channels(found), _ranges(found), _drift(found), _outputs(found), _layers(found), _kept(found),
              _pictures(found, images), _cost(found), _protocol(found)]  # fmt: skip
     links = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, title, _ in parts)
     body = "".join(f'<section id="{name}"><h2>{title}</h2>{content}</section>' for name, title, content in parts)
@@ -110,6 +111,26 @@ def _gains(found):
                  "and two standard errors.") if measured else NO_CALLS  # fmt: skip
     table = _table(rows, f"Share of {how}. Weights: {found['weights']} bits.", dict.fromkeys(rows.columns[1:], "{:.1f}"))
     return "gains", "What an interval over t removes", f'<div class="pair">{pictures}</div>{note}{table}'
+
+
+def _channels(found):
+    title = "Time or channels"
+    if "channels" not in found:
+        return "channels", title, NO_CALLS
+    heads = {"time_db": "over time (dB)", "channels_db": "over channels (dB)", "both_db": "over both (dB)"}
+    frame = pd.DataFrame(found["channels"]).sort_values("channels_db", ascending=False).rename(columns=heads)
+    caption = (f"By how many dB the squared error at a layer's input falls at A{found['activations']} when its one interval "
+               "becomes one for each t, one for each channel, or one for each channel at each t. Balancing channels gets what "
+               "lies in channels with one interval still: it divides them by factors that fold into the weights.")  # fmt: skip
+    alt = "Points: gain over time and over channels, a layer each: " + ", ".join(
+        f"median {frame[head].median():.1f} dB {head.removesuffix(' (dB)')}" for head in heads.values()
+    )
+    table = _table(frame, caption, dict.fromkeys(heads.values(), "{:.1f}"))
+    return (
+        "channels",
+        title,
+        _figure(time_and_channels(pd.DataFrame(found["channels"])), "channels-points", alt, 420) + _folded("Layers", table),
+    )
 
 
 def _ranges(found):

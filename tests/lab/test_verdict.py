@@ -51,6 +51,20 @@ def test_without_the_output_it_says_what_could_be_gained_at_most():
     assert second == "No layer stands out: at A6 the most that one could gain is 0.0 dB (a)."
 
 
+@pytest.mark.parametrize(("static", "tdq", "says"), [
+    ((0.4, 0.05), (0.5, 0.05), "with one constant removes 40 %; with TDQ removes 50 %"),
+    ((0.1, 0.2), (-0.2, 0.05), "with one constant changes nothing that is sure; with TDQ adds 20 %"),
+])  # fmt: skip
+def test_time_or_channels(static, tdq, says):
+    layers = [dict(layer=name, time_db=db, channels_db=4 * db, both_db=5 * db) for name, db in (("a", 0.1), ("b", 0.5), ("c", 9))]
+    balanced = [dict(method=name, removed=share, removed_se=se) for name, (share, se) in (("mse", static), ("tdq", tdq))]
+    assert verdict(found([(6, 0.1, 0.01)], LAYERS) | dict(channels=layers, balanced=balanced))[2:] == [
+        "At a layer's input the error at A6 falls by 0.5 dB if its interval follows time, by 2.0 dB if it follows channels, by "
+        "2.5 dB if both (medians of 3 layers).",
+        f"Balanced over channels, the model at A6 {says} of what the best constant loses.",
+    ]
+
+
 def test_something_is_half_a_per_cent_and_two_standard_errors():
     assert [certain(0.006, None), certain(0.004, None), certain(0.1, 0.06), certain(-0.1, 0.04)] == [1, 0, 0, -1]
     assert certain(0.1, float("nan")) == 1

@@ -119,6 +119,9 @@ def test_the_json_has_the_numbers_that_are_shown(made):
     assert [row[1:] for row in page.table("Share of")[1:]] == [
         [f"{100 * row['removed']:.1f}", f"{100 * row['removed_se']:.1f}"] for row in found["gains"]
     ]
+    rows = {row[0]: row[1:] for row in page.table("By how many dB")[1:]}
+    for row in found["channels"]:
+        assert rows[row["layer"]] == [f"{row[name]:.1f}" for name in ("time_db", "channels_db", "both_db")]
     assert dict(page.table("Layers that are not")[1:]) == found["kept"]
     assert [row[1:] for row in page.table("How like")[1:]] == [
         [shown(row["psnr"], "{:.2f}"), shown(row["ssim"], "{:.3f}")] for row in found["pictures"]
@@ -137,6 +140,8 @@ def test_what_is_in_a_report(made):
     assert found["protocol"]["seeds"] == [0, 1, 2] and found["protocol"]["kept_calls"] == 3
     whole = {row["method"]: row["error_db"] for row in found["outputs"] if row["bits"] == 6}
     assert found["sensitivity"]["all_db"] == whole["mse"]
+    assert [row["method"] for row in found["balanced"]] == ["mse", "tdq"] and len(found["verdict"]) == 4
+    assert {row["layer"] for row in found["channels"]} == {row["layer"] for row in found["sensitivity"]["layers"]}
     assert found["gains"][1]["removed"] == pytest.approx(1 - 10 ** ((whole["tdq"] - whole["mse"]) / 10), abs=1e-4)
     assert not hasattr(model, "quantization") and not model._forward_pre_hooks
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -2,6 +2,7 @@
 
 import platform
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,10 @@ class IntegerRunner(Runner):
         if platform.machine().lower() not in X86:
             raise TDQError(f"Integer kernels are there for x86-64; this processor is {platform.machine()}. Sample the frozen "
                            "model: the simulation gives the same images.")  # fmt: skip
-        if saturates(bits):
-            raise TDQError(f"8-bit weights need one of {', '.join(sorted(INT8_FLAGS))}, or sums saturate; this processor has "
-                           "none. Quantize weights to 7 bits or fewer, or sample the frozen model: the simulation.")  # fmt: skip
+        if not sums_are_exact(bits):
+            raise TDQError(f"Sums of products must be exact; with {bits}-bit weights they saturate here (tried). That needs one "
+                           f"of {', '.join(sorted(INT8_FLAGS))}, and oneDNN must be let use it (ONEDNN_MAX_CPU_ISA). Quantize "
+                           "weights to 7 bits or fewer, or sample the frozen model: the simulation.")  # fmt: skip
         if not INT8_FLAGS & cpu_flags():
             warnings.warn("This processor has no 8-bit dot product: integers are right here, but not faster.", stacklevel=2)
         super().__init__(model, scheduler, steps, compiled)
@@ -66,6 +68,20 @@ def cpu_flags() -> set[str]:
 def saturates(weight_bits: int) -> bool:
     """Whether sums may be cut here: older instructions of x86 add two products in 16 bits; 2 * 255 * 64 fits, * 128 does not."""
     return weight_bits == 8 and platform.machine().lower() in X86 and not INT8_FLAGS & cpu_flags()
+
+
+@cache
+def sums_are_exact(weight_bits: int) -> bool:
+    """Whether the kernel adds the largest products of 8-bit inputs and weights of so many bits right: tried, once.
+
+    What a processor lists is not what the kernel uses: a setting of oneDNN, or a virtual machine, may hide instructions from it.
+    """
+    least, geometry = -(2 ** (weight_bits - 1)), ([1, 1], [0, 0], [1, 1], 1)
+    one, none = torch.ones(16), torch.zeros(16, dtype=torch.int32)
+    packed = torch.ops.onednn.qconv_prepack(torch.full((16, 64, 1, 1), least, dtype=torch.int8), one, 1.0, 0, *geometry, None)
+    x = torch.full((1, 64, 4, 4), 255, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    rest: Any = packed, one, none, None, *geometry, 1.0, 0, torch.float32, "none", [], ""
+    return bool((torch.ops.onednn.qconv_pointwise.tensor(x, one[0], none[0], *rest) == 255 * 64 * least).all())
 
 
 class IntegerConv2d(nn.Module):

@@ -1,10 +1,11 @@
 """The table of balance: which rows, and that a row is balanced as its name says."""
 
+import pandas as pd
 import pytest
 
 from tdq_utils import CalibrationSet, quantized_layers
 from tdq_utils.fit.calibration import profile_set
-from tdq_utils.lab.tables.balance import BITS, BY_INPUT, METHODS, RULES, balance_jobs
+from tdq_utils.lab.tables.balance import BITS, BY_INPUT, METHODS, RULES, balance_jobs, with_plain
 from tdq_utils.lab.tables.ptq import ptq_jobs
 
 
@@ -34,3 +35,12 @@ def test_a_row_is_calibrated_as_it_says(unet, scheduler, tmp_path, monkeypatch, 
     for layer in quantized_layers(unet).values():
         assert (layer.balance is None) == (rule == "-") and (layer.levels is None) == (weights_method == "nearest")
     assert unet.quantization.balance == (None if rule == "-" else rule)
+
+
+def test_plain_rows_stand_beside_those_of_the_same_bits_method_and_repeat():
+    names = ["method", "weights", "activations", "repeat", "weights_method", "fcd"]
+    balanced = pd.DataFrame([["mse", 8, 5, 0, "nearest", 3.5]], columns=names).assign(rule="range")
+    ptq = pd.DataFrame([["mse", 8, 5, 0, "nearest", 7.5], ["mse", 8, 5, 1, "nearest", 7.6], ["minmax", 8, 5, 0, "nearest", 15.0]],
+                       columns=names)  # fmt: skip
+    joined = with_plain(balanced, ptq)
+    assert list(zip(joined.rule, joined.fcd, strict=True)) == [("range", 3.5), ("-", 7.5)]

@@ -24,7 +24,7 @@ from tdq_utils.run.runtime import Runner
 HOW = {"seeds": range(3), "steps": 4, "progress": False}
 METHODS = ("mse", "table", "tdq", "dynamic", "dynamic-sample", "dynamic-token")
 needs_kernels = pytest.mark.skipif(
-    platform.machine() not in ("x86_64", "AMD64") or not integer.INT8_FLAGS & integer.cpu_flags(),
+    platform.machine() not in ("x86_64", "AMD64") or not integer.sums_are_exact(8),
     reason="integer kernels need an x86 processor with 8-bit dot products",
 )
 

@@ -1,6 +1,9 @@
 """Integers give what the simulation gives: layer by layer, image by image, for every kind of interval."""
 
+import os
 import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from tdq_utils.run import integer as module
 from tdq_utils.run.integer import IntegerConv2d, IntegerLinear, to_integer
 
 pytestmark = pytest.mark.skipif(
-    platform.machine() not in ("x86_64", "AMD64") or not module.INT8_FLAGS & module.cpu_flags(),
+    platform.machine() not in ("x86_64", "AMD64") or not module.sums_are_exact(8),
     reason="integer kernels need an x86 processor with 8-bit dot products",
 )
 METHODS = ("minmax", "table", "tdq", "dynamic", "dynamic-sample", "dynamic-token")
@@ -132,8 +135,9 @@ def test_other_processors_are_told_of_the_simulation(unet, scheduler, profile, m
 
 def test_without_8_bit_sums_8_bit_weights_are_refused_and_7_bit_weights_warned_of(unet, scheduler, profile, monkeypatch):
     monkeypatch.setattr(module, "cpu_flags", lambda: {"avx2"})
+    monkeypatch.setattr(module, "sums_are_exact", lambda bits: bits < 8)
     frozen(unet, scheduler, profile, weights=8)
-    with pytest.raises(TDQError, match="8-bit weights need one of"):
+    with pytest.raises(TDQError, match="with 8-bit weights they saturate here"):
         to_integer(unet, scheduler, 4)
     restore(unet)
     frozen(unet, scheduler, profile, weights=7)
@@ -141,11 +145,23 @@ def test_without_8_bit_sums_8_bit_weights_are_refused_and_7_bit_weights_warned_o
         to_integer(unet, scheduler, 4, compiled=False)
 
 
+def test_sums_are_tried_where_instructions_are_hidden():
+    """oneDNN may not use what the processor lists; older instructions add two products in 16 bits."""
+    code = "from tdq_utils.run.integer import sums_are_exact as exact; print(exact(8), exact(7), exact(4))"
+    found = {
+        isa: subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"ONEDNN_MAX_CPU_ISA": isa}, capture_output=True, text=True, check=True
+        ).stdout.split()
+        for isa in ("DEFAULT", "AVX2")
+    }
+    assert found == {"DEFAULT": ["True"] * 3, "AVX2": ["False", "True", "True"]}
+
+
 def test_worst_case_sums_do_not_saturate():
     """All activations and weights at their ends: where 16-bit sums of older instructions would saturate."""
 
     class AllHigh(nn.Module):
-        def levels(self, x):
+        def levels(self, x, inverse):
             return torch.full_like(x, 255, dtype=torch.uint8), torch.tensor(1.0), torch.tensor(0, dtype=torch.int32)
 
     from tdq_utils.fit.layers import attach

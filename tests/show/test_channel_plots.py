@@ -42,8 +42,9 @@ def test_a_point_a_layer():
 
 
 def test_points_are_repeats_and_learned_rounding_is_left_out():
-    rows = [("full precision", 0, 0, "-", "nearest", 1.2), ("mse", 8, 5, "-", "nearest", 7.0), ("mse", 8, 5, "range", "nearest", 3.5),
-            ("mse", 8, 5, "range", "nearest", 3.6), ("tdq", 4, 4, "range", "adaround", 9.0)]  # fmt: skip
+    rows = [("full precision", 0, 0, "-", "nearest", 1.2), ("mse", 8, 5, "-", "nearest", 7.0),
+            ("mse", 8, 5, "range", "nearest", 3.5), ("mse", 8, 5, "range", "nearest", 3.6),
+            ("tdq", 4, 4, "range", "adaround", 9.0)]  # fmt: skip
     names = ["method", "weights", "activations", "rule", "weights_method", "fcd"]
     ax = module.balance_points(pd.DataFrame(rows, columns=names)).axes[0]
     found = {line.get_label(): list(line.get_ydata()) for line in ax.lines}

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pandas as pd
+
 from tdq_utils.lab.tables.ptq import Job
 
 BITS = ((8, 5), (4, 4), (8, 6), (4, 5), (8, 4))
@@ -35,8 +37,16 @@ def balance_jobs(repeats: int = 2) -> list[BalanceJob]:
             jobs += [replace(base, method=method) for method in METHODS]
             if (w, a) not in ELSEWHERE:
                 jobs += [replace(base, method=method, rule="-") for method in METHODS]
-            if w < 8:
-                last += [replace(base, method=method, weights_method="adaround") for method in ("mse", "tdq")]
+            learned = [replace(base, method=method, weights_method="adaround") for method in ("mse", "tdq")]
+            jobs += learned if (w, a) == HEADLINE[1] else []
+            last += learned if w < 8 and (w, a) != HEADLINE[1] else []
             last += [replace(base, method=method, rule=rule) for method in BY_INPUT for rule in ("range", "-")]
     jobs += [BalanceJob("mse", w, a, rule=rule) for w, a in HEADLINE for rule in RULES]
     return jobs + last
+
+
+def with_plain(balanced: pd.DataFrame, ptq: pd.DataFrame) -> pd.DataFrame:
+    """The rows of this table, and those of post-training quantization at the same bits, methods and repeats (``rule`` "-")."""
+    keys = ["method", "weights", "activations", "repeat", "weights_method"]
+    wanted = balanced[keys].drop_duplicates()
+    return pd.concat([balanced, ptq.assign(rule="-").merge(wanted)]).drop_duplicates([*keys, "rule"], ignore_index=True)

@@ -141,6 +141,14 @@ def explorer(args: Namespace) -> None:
     print(f"{', '.join(model['title'] for model in models)}: {args.out.resolve()}, which opens without a network")
 
 
+def site(args: Namespace) -> None:
+    """Write lessons, explorer, tables and cards as a folder of pages that open without a network and without a kernel."""
+    from tdq_utils.show import site
+
+    root = Path(__file__).resolve().parents[1]
+    print(f"{site.build(root, args.out)} pages; open {(args.out / 'index.html').resolve()}")
+
+
 def bench(args: Namespace) -> None:
     """Cost of profiling, of simulation and of integers, as ratios; time by kind of work; memory."""
     from tdq_utils.lab import bench
@@ -198,8 +206,9 @@ def parser() -> ArgumentParser:
              images=(32, "trajectories that are recorded"), steps=(20, "of sampling"))  # fmt: skip
     sub = command(explorer, "runs/explorer.html", model=False)
     sub.add_argument("--measure", nargs="+", metavar="MODEL",
-                     help="short names, folders or hub ids, two minutes each (default: read what was measured of those that ship)")  # fmt: skip
+                     help="short names, folders or hub ids, two minutes each (default: read the statistics that ship)")  # fmt: skip
     _numbers(sub, images=(64, "trajectories that are recorded"), steps=(20, "of sampling"))
+    command(site, "build/site", model=False)
     _numbers(command(bench, "runs/bench"), repeats=(15, "timed rounds"), images=(64, "a batch"), steps=(5, "of a timed run"))
     return top
 

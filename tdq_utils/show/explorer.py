@@ -1,7 +1,7 @@
 """The explorer: one page on which a reader drags the interval of any layer at any t, without a kernel and without a network."""
 
 import json
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from string import Template
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tdq_utils.denoiser.loading import DATA
+from tdq_utils.denoiser.loading import DATA, load_model
 from tdq_utils.denoiser.profile import Profile
 from tdq_utils.errors import DataError, TDQError
 from tdq_utils.fit.calibration import calibrate
@@ -42,8 +42,6 @@ def encoded(counts: np.ndarray, limit: float, bins: int = BINS) -> tuple[float, 
 
 def decoded(start: float, width: float, codes: str) -> tuple[np.ndarray, np.ndarray]:
     """What :func:`encoded` gave -> edges ``"bin + 1"`` and shares ``"bin"`` of the values; they add up to 1."""
-    from base64 import b64decode
-
     read = np.frombuffer(b64decode(codes), dtype=np.uint8).astype(float)
     share = np.where(read > 0, 2 ** ((read - 255) / OCTAVE), 0)
     return start + width * np.arange(len(read) + 1), share / share.sum()
@@ -97,8 +95,6 @@ def generated_steps(model: Any, profile: Profile, bits: Iterable[int] = BITS) ->
 
 def measure(name: str = "fashion-mnist", images: int = 64, steps: int = 20, bits: Iterable[int] = BITS) -> dict[str, Any]:
     """Load a model, record it while it samples, calibrate TDQ at each of ``bits``: the :func:`statistics`. About a minute."""
-    from tdq_utils.denoiser.loading import load_model
-
     model, scheduler = load_model(name)
     profile = record_sampling(model, scheduler, steps, images, class_labels(model)).profile
     note = f"{images} images, {steps} steps of {type(scheduler).__name__.removesuffix('Scheduler')}"

@@ -103,6 +103,6 @@ def test_without_statistics_it_says_how_to_measure_them(monkeypatch, tmp_path, c
 
 
 def test_measure_records_and_calibrates(unet, scheduler, monkeypatch):
-    monkeypatch.setattr("tdq_utils.denoiser.loading.load_model", lambda name: (unet, scheduler))
+    monkeypatch.setattr(explorer, "load_model", lambda name: (unet, scheduler))
     found = explorer.measure("tiny", images=4, steps=2, bits=[5])
     assert found["title"] == "tiny (UNet)" and found["note"] == "4 images, 2 steps of DDIM" and found["t"] == [999, 499]

@@ -133,7 +133,7 @@ def report(args: Namespace) -> None:
 
 
 def explorer(args: Namespace) -> None:
-    """Write the page on which a reader drags the interval of any layer at any t; or, as .json, one model's statistics for it."""
+    """Write the page on which a reader drags the interval of any layer at any t; as .json.xz, one model's statistics for it."""
     from tdq_utils.show import explorer
 
     models = [explorer.measure(name, args.images, args.steps) for name in args.measure] if args.measure else explorer.shipped()
@@ -206,7 +206,7 @@ def parser() -> ArgumentParser:
              images=(32, "trajectories that are recorded"), steps=(20, "of sampling"))  # fmt: skip
     sub = command(explorer, "runs/explorer.html", model=False)
     sub.add_argument("--measure", nargs="+", metavar="MODEL",
-                     help="short names, folders or hub ids, two minutes each (default: read the statistics that ship)")  # fmt: skip
+                     help="short names, folders or hub ids, two minutes each (default: what ships)")  # fmt: skip
     _numbers(sub, images=(64, "trajectories that are recorded"), steps=(20, "of sampling"))
     command(site, "build/site", model=False)
     _numbers(command(bench, "runs/bench"), repeats=(15, "timed rounds"), images=(64, "a batch"), steps=(5, "of a timed run"))

@@ -1,6 +1,7 @@
 """The explorer: one page on which a reader drags the interval of any layer at any t, without a kernel and without a network."""
 
 import json
+import lzma
 from base64 import b64decode, b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tdq_utils.denoiser.loading import DATA, load_model
+from tdq_utils.denoiser.loading import load_model
 from tdq_utils.denoiser.profile import Profile
 from tdq_utils.errors import DataError, TDQError
 from tdq_utils.fit.calibration import calibrate
@@ -19,7 +20,6 @@ from tdq_utils.lab.sensitivity import class_labels, record_sampling
 from tdq_utils.show.tables import NAMES
 
 ASSETS = Path(__file__).parent / "assets"
-SHIPPED = DATA / "explorer"
 BITS = range(3, 9)
 BINS = 256  # of an exported histogram, at most; the density inside of a bin counts as even
 OCTAVE = 11  # codes of a share: 255 - 11 log2(1 / share), so 6.5 % apart, down to 1e-7; 0: an empty bin
@@ -104,11 +104,11 @@ def measure(name: str = "fashion-mnist", images: int = 64, steps: int = 20, bits
 
 def shipped() -> list[dict[str, Any]]:
     """The statistics of every model that ships. DataError: there are none."""
-    files = sorted(SHIPPED.glob("*.json"))
+    files = sorted(ASSETS.glob("explorer-*.json.xz"))
     if not files:
-        raise DataError(f"{SHIPPED} must hold the statistics of a model, as measure gives them; it holds none. Measure one: "
+        raise DataError(f"{ASSETS} must hold the statistics of a model, as measure gives them; it holds none. Measure one: "
                         "python -m tdq_utils explorer --measure fashion-mnist")  # fmt: skip
-    return [json.loads(file.read_text()) for file in files]
+    return [json.loads(lzma.decompress(file.read_bytes())) for file in files]
 
 
 def page(models: Sequence[Mapping[str, Any]]) -> str:
@@ -122,11 +122,12 @@ def page(models: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write(models: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """The page, or, of one model and where ``path`` ends in ``.json``, its statistics. TDQError: several models in one JSON."""
-    if path.suffix == ".json" and len(models) != 1:
-        raise TDQError(f"A .json file holds the statistics of one model; got {len(models)}. Write one file a model.")
+    """The page, or, of one model and where ``path`` ends in ``.xz``, its statistics. TDQError: several in one such file."""
+    if path.suffix == ".xz" and len(models) != 1:
+        raise TDQError(f"A .json.xz file holds the statistics of one model; got {len(models)}. Write one file a model.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(models[0], separators=(",", ":"), allow_nan=False) + "\n" if path.suffix == ".json" else page(models)
+    data = json.dumps(models[0], separators=(",", ":"), allow_nan=False).encode()
+    content = lzma.compress(data, preset=9 | lzma.PRESET_EXTREME) if path.suffix == ".xz" else page(models).encode()
     part = path.with_name(f"{path.name}.part")
-    part.write_text(text)
+    part.write_bytes(content)
     part.replace(path)

@@ -1,4 +1,4 @@
-"""Notebooks and Markdown as the insides of a site's pages: formulas as MathML, every figure with a text, links that lead somewhere."""
+"""Notebooks and Markdown as the insides of pages: formulas as MathML, every figure with a text, links that lead somewhere."""
 
 import json
 import re
@@ -81,7 +81,9 @@ def described(source: str, before: str) -> str:
     found = [title for title in re.findall(r'(?:title=|set_title\()"([^"{}]{6,})"', source)][:2]
     for name in re.findall(r"tdq\.(?:profile_plots|result_plots|plots)\.(\w+)\(", source)[:1]:
         functions = [getattr(module, name) for module in (profile_plots, result_plots, plots) if hasattr(module, name)]
-        found += [plain(re.split(r"(?<=[.;])\s", function.__doc__)[0].replace("``", "").rstrip(";")) for function in functions[:1]]
+        found += [
+            re.split(r"(?<=[.;])\s", plain(function.__doc__).replace("``", ""))[0].rstrip(";") for function in functions[:1]
+        ]
     sentences = re.split(r"(?<=[.:])\s", re.sub(r"[*`$]", "", before))
     found += [" ".join(sentences)[:220]] if before else []
     return ". ".join(dict.fromkeys(part.strip().rstrip(".") for part in found if part)) or "Figure made by the code above"
@@ -101,6 +103,11 @@ def needs_kernel(model_id: str, state: Mapping[str, Any]) -> bool:
     return any(f"IPY_MODEL_{one}" not in linked for one in controls)
 
 
+def inside(data: Mapping[str, Any]) -> str:
+    """JSON that can stand inside of a script."""
+    return json.dumps(data).replace("</", "<\\/")
+
+
 def _outputs(cell: NotebookNode, before: str, state: Mapping[str, Any]) -> Iterator[str]:
     for output in cell.get("outputs", ()):
         data = output.get("data", {})
@@ -108,12 +115,13 @@ def _outputs(cell: NotebookNode, before: str, state: Mapping[str, Any]) -> Itera
             yield f'<pre class="out" tabindex="0">{escape(output.text)}</pre>'
         elif VIEW in data:
             alt = escape(described(cell.source, before), quote=True)
-            shown = json.dumps(dict(data[VIEW])).replace("</", "<\\/")
+            shown = inside(data[VIEW])
             dead = needs_kernel(data[VIEW]["model_id"], state)
             yield NO_KERNEL if dead else f'<div class="panel" data-alt="{alt}"><script type="{VIEW}">{shown}</script></div>'
         elif "image/png" in data:
             alt = escape(described(cell.source, before), quote=True)
-            yield f'<figure><img alt="{alt}" src="data:image/png;base64,{"".join(data["image/png"].split())}"></figure>'
+            source = "data:image/png;base64," + "".join(data["image/png"].split())
+            yield f'<figure tabindex="0"><img alt="{alt}" src="{source}"></figure>'
         elif "text/html" in data:
             yield f'<div class="out scroll" tabindex="0">{data["text/html"]}</div>'
         elif "text/plain" in data:
@@ -133,13 +141,13 @@ def lesson(notebook: NotebookNode) -> tuple[str, bool]:
             parts += [code.replace("<pre>", '<pre tabindex="0">'), *_outputs(cell, before, state)]
     moves = any(f'type="{VIEW}"' in part for part in parts)
     if moves:
-        parts.append(f'<script type="{STATE}">{json.dumps(notebook.metadata.widgets[STATE]).replace("</", "<" + chr(92) + "/")}</script>')
+        parts.append(f'<script type="{STATE}">{inside(notebook.metadata.widgets[STATE])}</script>')
     return "\n".join(parts), moves
 
 
 def sections(html: str) -> Iterable[tuple[str, str, str]]:
     """The parts of a page for the search: ``(anchor, heading, words)``."""
-    pieces = re.split(r'(<h[123][^>]*>.*?</h[123]>)', html, flags=re.S)
+    pieces = re.split(r"(<h[123][^>]*>.*?</h[123]>)", html, flags=re.S)
     anchor, heading = "", ""
     for piece in pieces:
         if match := re.match(r'<h[123](?:[^>]*\bid="([^"]*)")?', piece):

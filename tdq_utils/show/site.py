@@ -1,4 +1,4 @@
-"""The site: lessons, explorer, measured tables and cards as plain files that open from a disk; nothing is fetched from elsewhere."""
+"""The site: lessons, explorer, measured tables and cards as plain files that open from a disk; nothing is fetched."""
 
 import json
 import re
@@ -63,6 +63,7 @@ class Page:
 
 
 GROUPS = ("Lessons", "Exercises", "Measured tables", "About")
+FOLDERS = dict(zip(("notebooks", "notebooks/exercises", "data/results"), GROUPS, strict=False))
 
 
 def build(root: Path, out: Path) -> int:
@@ -103,8 +104,8 @@ def _sources(root: Path) -> dict[str, str]:
     for path in sorted((root / "data" / "results").glob("*.csv")):
         found[f"data/results/{path.name}"] = f"table-{path.stem}.html"
     cards = sorted(path.relative_to(root).as_posix() for path in (root / "data").rglob("README.md"))
-    for path in ("README.md", *cards):
-        found[path] = f"{'-'.join(Path(path).parts[:-1]) or 'readme'}.html"
+    for card in ("README.md", *cards):
+        found[card] = f"{'-'.join(Path(card).parts[:-1]) or 'readme'}.html"
     return found
 
 
@@ -112,8 +113,7 @@ def _pages(root: Path) -> Iterator[Page]:
     sources = _sources(root)
     for path, name in sources.items():
         folder, file = str(Path(path).parent), root / path
-        group = {"notebooks": "Lessons", "notebooks/exercises": "Exercises", "data/results": "Measured tables"}.get(folder, "About")
-        moves = False
+        group, moves = FOLDERS.get(folder, "About"), False
         if file.suffix == ".ipynb":
             html, moves = pages.lesson(nbformat.read(file, as_version=4))
         elif file.suffix == ".csv":
@@ -123,8 +123,13 @@ def _pages(root: Path) -> Iterator[Page]:
         html = pages.relinked(html, folder, sources, root)
         head = re.search(r"<h1[^>]*>(.*?)</h1>", html, flags=re.S)
         goal = re.search(r"<strong>Goal\.</strong>(.*?)</p>", html, flags=re.S)
-        line = f"{len(pd.read_csv(file))} rows" if file.suffix == ".csv" else pages.plain(goal[1]) if goal else ""
+        line = f"{len(pd.read_csv(file))} rows" if file.suffix == ".csv" else pages.plain(goal[1] if goal else _opening(html))
         yield Page(name, pages.plain(head[1]) if head else file.stem, html, group, line, moves)
+
+
+def _opening(html: str) -> str:
+    first = re.search(r"<p>(?!<img)(.*?)(?<=[.:])(?=\s|</p>)", html, flags=re.S)
+    return first[1] if first else ""
 
 
 def _table(file: Path) -> str:
@@ -144,8 +149,8 @@ def _index(found: Sequence[Page]) -> str:
                  if page.group == group]  # fmt: skip
         groups += [f'<section><h2>{group}</h2><ul class="cards">{"".join(items)}</ul></section>'] if items else []
     return f"""<h1>Quantizing diffusion models over time steps</h1>
-<p class="lead">Why one fixed low-bit interval damages a diffusion model, and what an interval that follows the time step gives back.
-Lessons with their results, sliders that move without a kernel, every measured number.</p>
+<p class="lead">Why one fixed low-bit interval damages a diffusion model, and what an interval that follows the time step gives
+back. Lessons with their results, sliders that move without a kernel, every measured number.</p>
 <a class="hero" href="explorer.html"><b>One interval for every moment?</b><span>Drag the interval of any layer, play from noise to
 image, compare a constant, a table and TDQ. Open the explorer &rarr;</span></a>{"".join(groups)}"""
 
@@ -158,11 +163,13 @@ def _write(page: Page, found: Sequence[Page], out: Path) -> None:
     words = {"prev": "Previous", "next": "Next"}
     links = "".join(f'<a rel="{rel}" href="{one.name}"><small>{words[rel]}</small>{escape(one.title)}</a>' for rel, one in beside
                     if one)  # fmt: skip
-    menu = "".join(f'<li><a href="{one.name}"{" aria-current=page" * (one is page)}>{escape(one.title)}</a></li>' for one in alike)
+    here = {page.name: " aria-current=page"}
+    menu = "".join(f'<li><a href="{one.name}"{here.get(one.name, "")}>{escape(one.title)}</a></li>' for one in alike)
     scripts = ['<script src="assets/search.js"></script>'] if page.name == "search.html" else []
     scripts += ['<script src="assets/embed.js"></script>'] if page.moves else []
     text = Template((ASSETS / "site.html").read_text()).substitute(
-        title=escape(page.title), body=page.html, beside=f'<nav class="beside" aria-label="Neighbours">{links}</nav>' if links else "",
+        title=escape(page.title), body=page.html,
+        beside=f'<nav class="beside" aria-label="Neighbours">{links}</nav>' if links else "",
         menu=f"<details class=menu><summary>{page.group}</summary><ul>{menu}</ul></details>" if page.group else "",
         scripts="".join(scripts))  # fmt: skip
     (out / page.name).write_text(text)

@@ -1,6 +1,7 @@
 """The statistics that the explorer shows are the profile's; its page needs nothing else."""
 
 import json
+import lzma
 
 import numpy as np
 import pytest
@@ -80,11 +81,11 @@ def test_the_page_holds_its_data_and_loads_nothing(found, tmp_path):
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
 
 
-def test_one_model_is_kept_as_json(found, tmp_path):
-    explorer.write([found], tmp_path / "one.json")
-    assert json.loads((tmp_path / "one.json").read_text())["title"] == "tiny <b>"
+def test_one_model_is_kept_as_packed_json(found, tmp_path):
+    explorer.write([found], tmp_path / "one.json.xz")
+    assert json.loads(lzma.decompress((tmp_path / "one.json.xz").read_bytes()))["title"] == "tiny <b>"
     with pytest.raises(TDQError, match="of one model; got 2"):
-        explorer.write([found, found], tmp_path / "two.json")
+        explorer.write([found, found], tmp_path / "two.json.xz")
 
 
 def test_what_ships_is_small_and_written_by_the_command(tmp_path, capsys):
@@ -96,7 +97,7 @@ def test_what_ships_is_small_and_written_by_the_command(tmp_path, capsys):
 
 
 def test_without_statistics_it_says_how_to_measure_them(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(explorer, "SHIPPED", tmp_path)
+    monkeypatch.setattr(explorer, "ASSETS", tmp_path)
     with pytest.raises(DataError, match="explorer --measure fashion-mnist"):
         explorer.shipped()
     assert main(["explorer", "--out", str(tmp_path / "page.html")]) == 2

@@ -111,13 +111,14 @@ def shipped() -> list[dict[str, Any]]:
     return [json.loads(lzma.decompress(file.read_bytes())) for file in files]
 
 
-def page(models: Sequence[Mapping[str, Any]]) -> str:
-    """The page over the :func:`statistics` of one model or more: HTML that needs no other file."""
+def page(models: Sequence[Mapping[str, Any]], home: str = "") -> str:
+    """The page over the :func:`statistics` of one model or more: HTML that needs no other file; with a link to ``home``."""
+    back = f'<a class="home" href="{home}">← All lessons</a>' if home else ""
     data = json.dumps(list(models), separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
     names = {name: NAMES[name] for name in ("minmax", "mse", "table", "tdq")}
     style, script = ((ASSETS / f"explorer.{kind}").read_text() for kind in ("css", "js"))
     return Template((ASSETS / "explorer.html").read_text()).substitute(
-        style=style, script=script, data=data, names=json.dumps(names)
+        style=style, script=script, data=data, names=json.dumps(names), back=back
     )
 
 

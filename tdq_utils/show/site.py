@@ -89,7 +89,7 @@ def build(root: Path, out: Path) -> int:
         _write(page, found, out)
     words = [[page.name, page.title, *part] for page in found for part in pages.sections(page.html)]
     (out / "assets" / "search.js").write_text(f"window.INDEX = {json.dumps(words, ensure_ascii=False)};\n")
-    explorer.write(explorer.shipped(), out / "explorer.html")
+    (out / "explorer.html").write_text(explorer.page(explorer.shipped(), "index.html"))
     (out / ".nojekyll").touch()
     return len(found) + 3
 

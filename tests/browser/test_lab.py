@@ -42,7 +42,7 @@ def lab(tmp_path):
             server.wait(20)
 
 
-def test_a_slider_moves_in_jupyterlab(lab, chromium):
+def test_a_slider_moves_in_jupyterlab(chromium, lab):
     page = chromium.new_page()
     asked = []
     page.on("request", lambda request: asked.append(request.url))

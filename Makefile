@@ -1,10 +1,10 @@
-# make demo | test | lab | exercises | reproduce | bench | notebooks
+# make demo | test | lab | exercises | site | reproduce | bench | notebooks
 PYTHON ?= python3
 BIN := .venv/bin
 # One stamp: reinstall only when a list of requirements changes.
 READY := .venv/.installed
 
-.PHONY: demo test lab exercises reproduce bench notebooks clean
+.PHONY: demo test lab exercises site reproduce bench notebooks clean
 
 demo: $(READY)  ## execute the quickstart, print its table, name its page
 	$(BIN)/python -m tdq_utils demo
@@ -21,6 +21,9 @@ lab: $(READY)  ## JupyterLab on the quickstart
 
 exercises: $(READY)  ## the students' notebooks from their sources, and solved ones into build/solutions
 	$(BIN)/python -m tdq_utils exercises
+
+site: $(READY)  ## lessons, explorer, tables and cards as pages that open without a network: build/site/index.html
+	$(BIN)/python -m tdq_utils site --out build/site
 
 # How the committed tables were sampled: with so many threads, and these options. Without 8-bit dot products or a C++ compiler:
 # make reproduce ENGINE=eager
@@ -43,7 +46,7 @@ notebooks: $(READY)  ## execute every notebook in place
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs build
 
 $(READY): requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -147,6 +147,23 @@ def report(args: Namespace) -> None:
     print("\n".join([*found["verdict"], f"The page, which opens without a network: {(args.out / 'index.html').resolve()}"]))
 
 
+def explorer(args: Namespace) -> None:
+    """Write the page on which a reader drags the interval of any layer at any t; as .json.xz, one model's statistics for it."""
+    from tdq_utils.show import explorer
+
+    models = [explorer.measure(name, args.images, args.steps) for name in args.measure] if args.measure else explorer.shipped()
+    explorer.write(models, args.out)
+    print(f"{', '.join(model['title'] for model in models)}: {args.out.resolve()}, which opens without a network")
+
+
+def site(args: Namespace) -> None:
+    """Write lessons, explorer, tables and cards as a folder of pages that open without a network and without a kernel."""
+    from tdq_utils.show import site
+
+    root = Path(__file__).resolve().parents[1]
+    print(f"{site.build(root, args.out)} pages; open {(args.out / 'index.html').resolve()}")
+
+
 def bench(args: Namespace) -> None:
     """Cost of profiling, of simulation and of integers, as ratios; time by kind of work; memory."""
     from tdq_utils.lab import bench
@@ -203,6 +220,11 @@ def parser() -> ArgumentParser:
     _reproduce_options(command(reproduce, "runs/TABLE.csv"))
     _numbers(command(report, "runs/report"), weights=(8, "bits"), activations=(6, "bits, where one number is shown"),
              images=(32, "trajectories that are recorded"), steps=(20, "of sampling"))  # fmt: skip
+    sub = command(explorer, "runs/explorer.html", model=False)
+    sub.add_argument("--measure", nargs="+", metavar="MODEL",
+                     help="short names, folders or hub ids, two minutes each (default: what ships)")  # fmt: skip
+    _numbers(sub, images=(64, "trajectories that are recorded"), steps=(20, "of sampling"))
+    command(site, "build/site", model=False)
     _numbers(command(bench, "runs/bench"), repeats=(15, "timed rounds"), images=(64, "a batch"), steps=(5, "of a timed run"))
     return top
 

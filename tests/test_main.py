@@ -21,7 +21,7 @@ from tdq_utils.lab.tables import qat, quickstart
 
 
 @pytest.mark.parametrize("command", ["demo", "exercises", "train-unet", "train-dit", "train-classifier", "calibrate", "reproduce",
-                                     "report", "bench"])  # fmt: skip
+                                     "report", "explorer", "site", "bench"])  # fmt: skip
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

@@ -13,7 +13,8 @@ from ipywidgets import Widget
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from tdq_utils.__main__ import main
-from tdq_utils.show import site, widgets
+from tdq_utils.errors import DataError
+from tdq_utils.show import pages, site, widgets
 
 ROOT = Path(__file__).parents[2]
 LESSONS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -93,3 +94,72 @@ def test_demo_prints_its_table_and_writes_such_a_page(monkeypatch, tmp_path, cap
     printed = capsys.readouterr().out
     assert "FCD" in printed and "static, MSE" in printed and "W8A5" in printed
     assert not Loaded(tmp_path / "quickstart.html").addresses
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("built") / "site"
+    assert main(["site", "--out", str(folder)]) == 0
+    return folder
+
+
+def test_the_site_has_a_page_for_everything(built):
+    names = {path.name for path in built.glob("*.html")}
+    assert {"index.html", "search.html", "explorer.html", "readme.html", "data.html", "data-models-fashion-mnist.html"} <= names
+    assert {f"{path.stem}.html" for path in LESSONS} <= names
+    assert {f"table-{path.stem}.html" for path in (ROOT / "data/results").glob("*.csv")} <= names
+
+
+def test_the_site_loads_its_own_files_only(built):
+    for path in built.glob("*.html"):
+        loaded = Loaded(path).addresses
+        assert all((built / address).is_file() for address in loaded), (path.name, loaded)
+    assert not re.search(r"@import|url\((?!data:)", (built / "assets" / "site.css").read_text())
+
+
+def test_every_figure_has_a_text_of_its_own(built):
+    for lesson in LESSONS:
+        texts = re.findall(r'<figure tabindex="0"><img alt="([^"]*)"', (built / f"{lesson.stem}.html").read_text())
+        assert texts and all(len(text) > 25 for text in texts), lesson.stem
+        assert len(set(texts)) >= 0.9 * len(texts), lesson.stem
+
+
+def test_an_earlier_site_is_replaced_and_nothing_else(built, tmp_path):
+    (built / "old.html").touch()
+    site.build(ROOT, built)
+    assert not (built / "old.html").exists()
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(DataError, match="holds other files"):
+        site.build(ROOT, tmp_path)
+    with pytest.raises(DataError, match="has none"):
+        site.build(tmp_path, tmp_path / "out")
+
+
+def test_exercises_are_pages_of_their_own(tmp_path, monkeypatch):
+    (tmp_path / "notebooks" / "exercises").mkdir(parents=True)
+    (tmp_path / "README.md").write_text("# Kit\nSee [tasks](notebooks/exercises/00_a.ipynb) and [code](tdq_utils/x.py).")
+    one = new_notebook(cells=[new_markdown_cell("# Lesson\n[tasks](exercises/00_a.ipynb)"), new_code_cell("1 < 2")])
+    two = new_notebook(cells=[new_markdown_cell("# Tasks\n[back](../00_a.ipynb#part) [out](https://example.org)")])
+    nbformat.write(one, tmp_path / "notebooks" / "00_a.ipynb")
+    nbformat.write(two, tmp_path / "notebooks" / "exercises" / "00_a.ipynb")
+    (tmp_path / "notebooks" / "exercises" / "TEACHING.md").write_text("# For teachers\nA plan.")
+    site.build(tmp_path, out := tmp_path / "site")
+    assert 'href="exercises-00_a.html"' in (out / "00_a.html").read_text()
+    text = (out / "exercises-00_a.html").read_text()
+    assert 'href="00_a.html#part"' in text and 'href="https://example.org"' in text
+    assert 'href="exercises-TEACHING.html"' in text  # its neighbour
+    assert "tdq_utils/x.py" not in (out / "readme.html").read_text()
+
+
+def test_a_panel_that_needs_python_is_told_from_one_that_moves(notebook):
+    state = {**notebook.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"]}
+    view = notebook.cells[1].outputs[0].data["application/vnd.jupyter.widget-view+json"]["model_id"]
+    assert not pages.needs_kernel(view, state)
+    unlinked = {name: model for name, model in state.items() if not model["model_name"].endswith("LinkModel")}
+    assert pages.needs_kernel(view, unlinked)
+
+
+def test_the_text_of_a_figure_is_its_title_its_function_and_the_sentence_before():
+    text = pages.described('tdq.profile_plots.drift_heatmap(p, title="How ranges move")', "Bright is *wide*. Rows are layers.")
+    assert text.startswith("How ranges move. ") and text.endswith("Bright is wide. Rows are layers")
+    assert "layer" in text and pages.described("x", "").startswith("Figure")

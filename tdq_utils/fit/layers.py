@@ -12,7 +12,7 @@ from tdq_utils.denoiser.call import now
 from tdq_utils.errors import TDQError
 from tdq_utils.method.grid import Grid, fake_quantize, mse_step, on_levels
 from tdq_utils.method.rules import lsq
-from tdq_utils.method.step_sizes import DynamicStep, StepSize, TimeSteps
+from tdq_utils.method.step_sizes import DynamicStep, StepSize, TableStep, TimeSteps
 
 
 class ActivationQuantizer(nn.Module):
@@ -34,16 +34,22 @@ class ActivationQuantizer(nn.Module):
         """Fake-quantize ``x`` at :class:`TimeSteps` ``t``. TDQError: not calibrated, or t is needed and not known."""
         if self.step is None:
             raise TDQError("A quantized model must be calibrated before it runs; call calibrate(model, scheduler, ...).")
-        if isinstance(self.step, DynamicStep):
-            half = 2 ** (self.bits - 1)
-            x_hat = on_levels(x.detach(), *self.step.interval(x, -half, half - 1)).to(x.dtype)
-            return x_hat + (x - x.detach()) if x.requires_grad and torch.is_grad_enabled() else x_hat  # straight-through
         if t is None and self.step.over_time:
             raise TDQError("A layer whose interval follows t must know the call that it is in; got none. Call the model itself, "
                            "not its forward or a part of it, and turn gradient checkpointing off "
                            "(model.disable_gradient_checkpointing()).")  # fmt: skip
+        if (interval := self._own_interval(x, t)) is not None:
+            x_hat = on_levels(x.detach(), *interval).to(x.dtype)
+            return x_hat + (x - x.detach()) if x.requires_grad and torch.is_grad_enabled() else x_hat  # straight-through
         rule = self.rule if self.training else fake_quantize
         return rule(x, self.step(x, t, self.grid), self.grid)
+
+    def _own_interval(self, x, t):
+        """Of a step source that has levels of its own, beside those of the grid."""
+        if isinstance(self.step, DynamicStep):
+            half = 2 ** (self.bits - 1)
+            return self.step.interval(x, -half, half - 1)
+        return self.step.interval(x, t) if isinstance(self.step, TableStep) and self.step.levels is not None else None
 
     def _apply(self, fn, recurse=True):
         return super()._apply(_less_dtype(fn), recurse)

@@ -114,8 +114,10 @@ class _Product(nn.Module):
     def __init__(self, layer, table, clock):
         super().__init__()
         s, least, greatest = table[:, :, layer.activation.column].unbind(dim=1)
-        self.clock, self.top = clock, int(greatest[0] - least[0])
+        tops = (greatest - least).to(torch.uint8)
+        self.clock, self.whole = clock, bool((tops == 255).all())
         weight = layer.weight_levels()  # "out in ..."
+        self.register_buffer("top", tops[0] if (tops == tops[0]).all() else tops)  # bits may follow t
         self.register_buffer("scale", s.clone())
         self.register_buffer("zero", (-least).to(torch.uint8))
         self.register_buffer("weight", weight.movedim(1, -1).flatten(1).T.contiguous())
@@ -130,8 +132,9 @@ class _Product(nn.Module):
         s = _node("Gather", self.scale, self.clock.row, dtype=torch.float32, shape=())
         zero = _node("Gather", self.zero, self.clock.row, dtype=torch.uint8, shape=())
         q = _node("QuantizeLinear", x, s, zero, dtype=torch.uint8, shape=x.shape)
-        if self.top < 255:  # the node itself stops at 0 and 255
-            q = _node("Min", q, torch.tensor(self.top, dtype=torch.uint8), dtype=torch.uint8, shape=x.shape)
+        if not self.whole:  # the node itself stops at 0 and 255
+            top = _node("Gather", self.top, self.clock.row, dtype=torch.uint8, shape=()) if self.top.dim() else self.top
+            q = _node("Min", q, top, dtype=torch.uint8, shape=x.shape)
         return q, s, zero
 
     def product(self, q, s, zero):

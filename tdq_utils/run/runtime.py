@@ -163,9 +163,7 @@ def _column(quantizer, visited):
         return torch.tensor([1.0, -half, half - 1]).expand(len(visited), 3)
     if quantizer.step is None:
         raise TDQError("A runner takes a calibrated model; call calibrate(model, scheduler, ...) first.")
-    s = quantizer.step.on(visited)
-    zero = quantizer.grid.zero(s)
-    return torch.stack([s, quantizer.grid.q_min - zero, quantizer.grid.q_max - zero], dim=1)
+    return quantizer.step.interval_on(visited, quantizer.grid)
 
 
 class RowQuantizer(nn.Module):

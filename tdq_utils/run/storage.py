@@ -167,7 +167,7 @@ def _rebuild(quantizer, description, tensors, place):
     quantizer.grid, settings = description["grid"] and Grid(**description["grid"]), dict(description["step"] or {})
     kind = settings.pop("kind", None)
     if kind == "TableStep":
-        settings = dict(t=tensors[f"{place}.step.t"], s=tensors[f"{place}.step.s"])
+        settings = {name: tensors[f"{place}.step.{name}"] for name in ("t", "s", *settings)}
     if kind == "StepGenerator":
         width = settings.pop("width")
         settings["features"] = RawTime() if width == 1 else FourierFeatures(width)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64") or not module.INT8_FLAGS & module.cpu_flags(),
     reason="integer kernels need an x86 processor with 8-bit dot products",
 )
-METHODS = ("minmax", "table", "tdq", "dynamic", "dynamic-sample", "dynamic-token")
+METHODS = ("minmax", "table", "finite-set", "tdq", "dynamic", "dynamic-sample", "dynamic-token")
 
 
 def frozen(model, scheduler, profile, method="table", weights=8, activations=8, **options):

@@ -16,6 +16,8 @@ from tdq_utils.fit.choice import kept_layers
 from tdq_utils.fit.finetuning import finetune
 from tdq_utils.fit.methods import METHODS
 from tdq_utils.fit.quantize import activation_quantizers, freeze, full_precision, quantize, quantized_layers, restore
+from tdq_utils.fit.temporal_cache import cache_temporal
+from tdq_utils.fit.temporal_features import quantize_temporal, temporal_errors
 from tdq_utils.method.generator import FourierFeatures, RawTime, StepGenerator
 from tdq_utils.method.grid import Grid, fake_quantize, mse_step, squared_error
 from tdq_utils.method.rules import RULES

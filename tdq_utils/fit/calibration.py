@@ -135,7 +135,7 @@ def profile_set(model: nn.Module, data: CalibrationSet | Calls, batch_size: int 
 
 def _follow_input(model, method):
     """Let every quantized layer take the interval of the input at hand."""
-    for layer in quantized_layers(model).values():
+    for layer in (layer for layer in quantized_layers(model).values() if layer.activation is not None):
         for quantizer in getattr(layer.activation, "halves", [layer.activation]):
             quantizer.step = dynamic_step(layer, method).eval()
 

@@ -52,7 +52,7 @@ class ActivationQuantizer(nn.Module):
         return self.step.interval(x, t) if isinstance(self.step, TableStep) and self.step.levels is not None else None
 
     def _apply(self, fn, recurse=True):
-        return super()._apply(_less_dtype(fn), recurse)
+        return super()._apply(less_dtype(fn), recurse)
 
     def extra_repr(self) -> str:
         """Bits and the kind of grid, for print(model)."""
@@ -81,7 +81,7 @@ def _halves(x, at):
     return x[:, :at], x[:, at:]
 
 
-def _less_dtype(fn):
+def less_dtype(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """What moves a module's tensors, for step sizes: they follow the device, not the dtype."""
     return lambda v: fn(v).to(v.dtype) if v.is_meta else v.to(fn(v).device)
 
@@ -92,6 +92,7 @@ class QuantizedLayer(nn.Module):
     ``activation``: quantizer, ``weight_grid``: :class:`Grid`; ``None``: full precision. ``weight_step``: one for each output
     channel or one for all; with a split input, two rows of them. ``split``: channels of the input that belong to its first half.
     ``levels``: int8, of weights whose rounding was learned (AdaRound). ``rounded``: the weights of a frozen layer.
+    ``cached``: a table over t of what it puts out, in place of all this (:mod:`tdq_utils.fit.temporal_cache`), or ``None``.
     """
 
     weight: Any
@@ -102,6 +103,7 @@ class QuantizedLayer(nn.Module):
     split: int | None
     levels: torch.Tensor | None
     rounded: torch.Tensor | None
+    cached: Any
 
     def quantized_weight(self) -> torch.Tensor:
         """The weights on their grid, as floats."""
@@ -131,6 +133,8 @@ class QuantizedLayer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer on quantized input and weights."""
+        if self.cached is not None:
+            return self.cached(x, now())
         if self.activation is not None:
             x = self.activation(x, now())
         weight = self.quantized_weight().to(x)  # a view of itself where device and dtype agree
@@ -139,7 +143,7 @@ class QuantizedLayer(nn.Module):
     def _apply(self, fn, recurse=True):
         own = {name: buffer for name in BUFFERS if (buffer := self._buffers.get(name)) is not None}
         super()._apply(fn, recurse)
-        self._buffers |= {name: _less_dtype(fn)(buffer) for name, buffer in own.items()}
+        self._buffers |= {name: less_dtype(fn)(buffer) for name, buffer in own.items()}
         return self
 
 
@@ -151,7 +155,7 @@ QUANTIZED: dict[type[nn.Module], Any] = {
 PLAIN = {quantized: plain for plain, quantized in QUANTIZED.items()}
 QuantizedLinear, QuantizedConv1d, QuantizedConv2d, QuantizedConv3d = PLAIN  # pickles find them by name
 BUFFERS = ("weight_step", "levels", "rounded")
-ADDED = ("weight_grid", "split", "activation", *BUFFERS)
+ADDED = ("weight_grid", "split", "activation", "cached", *BUFFERS)
 
 
 def attach(layer: nn.Module, **added: Any) -> None:

@@ -30,6 +30,7 @@ class Quantization:
     ``weights`` to ``split_skips``: as :func:`quantize` was given them, but ``kept``: layers left in full precision, each with
     the reason. ``names``: of the quantized layers. ``visited``: time steps that calibration saw. ``frozen``: by :func:`freeze`.
     ``asked``: whether ``keep`` was given, so that calibration adds nothing to ``kept``.
+    ``temporal``: those of ``names`` that carry t (:mod:`tdq_utils.fit.temporal_features`): bits of weights, why it was kept.
     ``before``: the parameters before fine-tuning, or ``None``. The rest is for :func:`restore` and :func:`full_precision`.
     """
 
@@ -43,6 +44,7 @@ class Quantization:
     names: list[str] = field(default_factory=list, repr=False)
     visited: list[float] = field(default_factory=list, repr=False)
     frozen: bool = False
+    temporal: dict[str, tuple[int | None, str]] = field(default_factory=dict, repr=False)
     before: dict[str, torch.Tensor] | None = field(default=None, repr=False)
     found: dict[str, tuple[bool, Any]] = field(default_factory=dict, repr=False)  # requires_grad and grad, by parameter
     handles: list[RemovableHandle] = field(default_factory=list, repr=False)  # hooks that follow the model's calls
@@ -139,7 +141,7 @@ def _take_off(model):
 def keep_too(model: nn.Module, names: Iterable[str], reason: str) -> None:
     """Leave further layers in full precision, those of ``names`` that are quantized; unless ``keep`` was given to quantize."""
     state, layers_now = checked_state(model), quantized_layers(model)
-    for name in () if state.asked else set(names) & set(state.names):
+    for name in () if state.asked else set(names) & (set(state.names) - set(state.temporal)):
         layers.detach(layers_now[name])
         state.names.remove(name)
         state.kept[name] = reason

@@ -14,6 +14,8 @@ from torch import nn
 
 from tdq_utils.errors import DataError, TDQError
 from tdq_utils.fit.quantize import activation_quantizers, checked_state, quantize, quantized_layers, round_weights
+from tdq_utils.fit.temporal_cache import FeatureTable
+from tdq_utils.fit.temporal_features import attach_temporal
 from tdq_utils.method.generator import FourierFeatures, RawTime, StepGenerator
 from tdq_utils.method.grid import Grid
 from tdq_utils.method.step_sizes import DynamicStep, LearnedStep, StaticStep, TableStep
@@ -43,9 +45,10 @@ def save_quantized(model: Any, folder: str | Path, packed: bool = False) -> None
             seen.add(place)
     if packed:
         for name, layer in quantized_layers(model).items():
-            del tensors[f"{name}.weight"]
-            tensors.pop(f"{name}.levels", None)
-            tensors[f"{name}.packed"] = pack(layer.weight_levels(), settings["weights"])
+            if layer.weight_grid is not None:
+                del tensors[f"{name}.weight"]
+                tensors.pop(f"{name}.levels", None)
+                tensors[f"{name}.packed"] = pack(layer.weight_levels(), layer.weight_grid.bits)
     _write(Path(folder), tensors, settings)
 
 
@@ -55,6 +58,7 @@ def describe(model: Any) -> dict[str, Any]:
     return {name: getattr(state, name) for name in (*HOW, "asked", "frozen", "visited")} | dict(
         format=FORMAT,
         keep=state.kept,
+        temporal={name: [*how, quantized_layers(model)[name].cached is not None] for name, how in state.temporal.items()},
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         channels_last=any(p.dim() == 4 and not p.is_contiguous() for p in model.parameters()),  # decides in which order sums go
         layers={name: _describe(quantizer) for name, quantizer in activation_quantizers(model).items()},
@@ -135,7 +139,7 @@ def _build(settings, tensors):
         parameter.data = parameter.data.to(tensors[name].dtype if name in tensors else dtype)
     rebuild(model, settings, tensors)
     for name, layer in quantized_layers(model).items():
-        if settings.get("packed"):
+        if f"{name}.packed" in tensors:
             tensors[f"{name}.levels"] = unpack(tensors.pop(f"{name}.packed"), layer.weight.shape)
             layer.weight_step = tensors[f"{name}.weight_step"]
             tensors[f"{name}.weight"] = tensors[f"{name}.levels"] * layer.spread_weight_step()
@@ -148,9 +152,13 @@ def _build(settings, tensors):
 
 def rebuild(model: Any, settings: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
     """Quantize a model as :func:`describe` says, still without the values; of ``tensors``, tables take their length."""
-    quantize(model, **{name: settings[name] for name in HOW}, keep=list(settings["keep"]), search=False)
+    temporal = settings.get("temporal", {})
+    quantize(model, **{name: settings[name] for name in HOW}, keep=[*settings["keep"], *temporal], search=False)
     model.quantization.kept |= settings["keep"] if isinstance(settings["keep"], dict) else {}  # with the reasons
     model.quantization.visited, model.quantization.asked = settings.get("visited", []), settings.get("asked", True)
+    for name, (bits, reason, cached) in temporal.items():
+        attach_temporal(model, name, bits, reason, search=False)
+        model.get_submodule(name).cached = FeatureTable(*(tensors[f"{name}.cached.{part}"] for part in "tsq")) if cached else None
     places = {module: place for place, module in model.named_modules()}
     for name, quantizer in activation_quantizers(model).items():
         _rebuild(quantizer, settings["layers"][name], tensors, places[quantizer])

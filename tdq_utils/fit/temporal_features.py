@@ -96,7 +96,7 @@ def _calls(model: nn.Module, visited: list[float], condition: dict[str, Any] | N
 
 def quantize_temporal(model: nn.Module, scheduler: Any = None, steps: int | None = None, weights: int = 8,
                       how: str = "reconstructed", condition: dict[str, Any] | None = None,
-                      data: CalibrationSet | Calls | None = None, iterations: int = 2000, rate: float = 1e-2,
+                      data: CalibrationSet | Calls | None = None, iterations: int = 1000, rate: float = 3e-2,
                       penalty: float = 0.01, progress: bool = True) -> None:  # fmt: skip
     """Quantize the weights of the layers that carry t, too, which ``quantize`` keeps; their inputs, a vector a sample, stay.
 
@@ -109,7 +109,8 @@ def quantize_temporal(model: nn.Module, scheduler: Any = None, steps: int | None
         how: ``"nearest"``; ``"reconstructed"``: whether each weight is rounded up or down is learned (AdaRound) for all layers
             together, by ``sum_i ||g_i(h(t)) - g_i^(h^(t))||^2`` over every visited t at once, relative to that of the nearest,
             which stays if it is better; or ``"kept"``: in full precision again.
-        iterations: of Adam, with a cosine rate from ``rate``. penalty: weight of AdaRound's, in their last four fifths.
+        iterations: of Adam, with a cosine rate from ``rate``. penalty: weight of AdaRound's, a sum over weights,
+            in their last four fifths.
 
     TDQError: not quantized, an unknown ``how``, bits, iterations or rates out of range, and what :class:`Temporal` refuses.
     """
@@ -172,7 +173,7 @@ def _reconstruct(temporal, layers, iterations, rate, penalty, progress):
         if i < warm:
             return error
         beta = 2 + 18 * (1 - (i - warm) / max(1, iterations - warm))
-        return error + penalty * torch.stack([rounding.penalty(beta) for rounding in soft.values()]).mean()
+        return error + penalty * sum(rounding.penalty(beta) * rounding.v.numel() for rounding in soft.values())
 
     descend(loss, [rounding.v for rounding in soft.values()], iterations, rate, "reconstruct temporal features", progress)
     with torch.no_grad():

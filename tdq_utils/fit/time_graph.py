@@ -1,5 +1,6 @@
 """What a model computes of t alone, taken out of it: traced, and cut down to what the layers that carry t need."""
 
+import copy
 import inspect
 from contextlib import ExitStack
 from typing import Any
@@ -28,6 +29,9 @@ class TimeGraph:
     """
 
     def __init__(self, model: nn.Module, call: tuple[Any, Any, dict[str, Any]]):
+        tensors = [*model.parameters(), *model.buffers()]
+        # A copy, with the same tensors: models keep what they have computed (rotary embeddings), and here that is no values.
+        model = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
         linears = {name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear}
         graph, ran = _traced(model, linears, call)
         found = dict(zip(ran, graph.graph.output_node().args[0], strict=True))

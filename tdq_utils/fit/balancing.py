@@ -28,7 +28,8 @@ def balance_layers(model: nn.Module, data: CalibrationSet | Calls, shifted: bool
     The full-precision model runs on ``data``; of each call a few vectors of each layer's input are kept. Afterwards layers have
     a ``balance``, weights the step sizes of least error for it, and no learned rounding.
     """
-    state, layers, grids = checked_state(model), quantized_layers(model), {}
+    state, grids = checked_state(model), {}
+    layers = {name: layer for name, layer in quantized_layers(model).items() if layer.activation is not None}
     vectors = sampled_inputs(model, data, list(layers), batch_size)
     for name, layer in tqdm(layers.items(), desc="balance channels", disable=not progress, leave=False):
         x, factors = vectors.pop(name), []

@@ -29,7 +29,7 @@ from tdq_utils.fit.quantize import (
     quantized_layers,
 )
 from tdq_utils.method.generator import StepGenerator, unit_of
-from tdq_utils.method.grid import mse_step, squared_error
+from tdq_utils.method.grid import Grid, mse_step, squared_error
 from tdq_utils.method.step_sizes import LearnedStep, StaticStep, StepSize, TableStep
 
 OPTIONS = dict(iterations="count", rate="positive", momentum="share", follow="share", percentile="percent")
@@ -98,6 +98,8 @@ def _check(state, method, reconstruct, weights_method, options, shifted):
         raise TDQError(f"weights_method must be None (nearest level) or 'adaround'; got {weights_method!r}.")
     if weights_method and state.weights is None:
         raise TDQError("'adaround' rounds quantized weights; these are in full precision. Call quantize(model, weights=4) first.")
+    if method == "finite-set" and not shifted:
+        raise TDQError("shifted=False is for hardware without zero points; 'finite-set' is a zero level for each t. Use 'table'.")
     if method in DYNAMIC and not shifted:
         raise TDQError(f"shifted=False belongs to methods that measure ranges; {method!r} chooses a grid for every input.")
     functions = (_tdq, StepGenerator) if method == "tdq" else () if method in DYNAMIC else (CHOOSERS[method],)
@@ -142,7 +144,7 @@ def profile_set(model: nn.Module, data: CalibrationSet | Calls, batch_size: int 
 
 def _follow_input(model, method):
     """Let every quantized layer take the interval of the input at hand."""
-    for layer in quantized_layers(model).values():
+    for layer in (layer for layer in quantized_layers(model).values() if layer.activation is not None):
         for quantizer in getattr(layer.activation, "halves", [layer.activation]):
             quantizer.step = dynamic_step(layer, method).eval()
 
@@ -252,6 +254,18 @@ def fit(p: _Problem, make: Callable[[float], Any], iterations: int = 100, rate: 
     return source
 
 
+def _finite_set(p):
+    """A step size and a zero level of its own at each t, so that the grid just holds [least, greatest] (TFMQ-DM's calibration).
+
+    0 is a level at every t. TFMQ-DM averages the ends over batches; here they are those of all images.
+    """
+    p.grid = Grid(p.grid.bits, low=0.0)
+    least, greatest = p.least.clamp(max=0), p.greatest.clamp(min=0)
+    s = ((greatest - least) / p.grid.q_max).clamp_min(1e-8)
+    zero = (-least / s).round().clamp(max=p.grid.q_max)
+    return TableStep(p.t, s, torch.stack([-zero, p.grid.q_max - zero], dim=1))
+
+
 # What chooses a layer's step size, of its activations; "mse" and "table", and "learned" and "tdq", differ in nothing but time.
 CHOOSERS = {
     "minmax": lambda p: p.widest_step(p.least.min(), p.greatest.max()),  # truncates nothing
@@ -261,5 +275,6 @@ CHOOSERS = {
     "ptq4dm": _ptq4dm,
     "learned": _learned,
     "table": lambda p: TableStep(p.t, p.best_steps()[1]),  # the same as "mse" at each t visited
+    "finite-set": _finite_set,
     "tdq": _tdq,
 }

@@ -13,7 +13,7 @@ from tdq_utils.errors import TDQError
 from tdq_utils.method.balance import for_weight
 from tdq_utils.method.grid import Grid, fake_quantize, mse_step, on_levels
 from tdq_utils.method.rules import lsq
-from tdq_utils.method.step_sizes import DynamicStep, StepSize, TimeSteps
+from tdq_utils.method.step_sizes import DynamicStep, StepSize, TableStep, TimeSteps
 
 
 class ActivationQuantizer(nn.Module):
@@ -43,19 +43,25 @@ class ActivationQuantizer(nn.Module):
         return self._rounded(x, t, False)
 
     def _rounded(self, x, t, balanced):
-        if isinstance(self.step, DynamicStep):
-            half = 2 ** (self.bits - 1)
-            x_hat = on_levels(x.detach(), *self.step.interval(x, -half, half - 1, balanced)).to(x.dtype)
-            return x_hat + (x - x.detach()) if x.requires_grad and torch.is_grad_enabled() else x_hat  # straight-through
         if t is None and self.step.over_time:
             raise TDQError("A layer whose interval follows t must know the call that it is in; got none. Call the model itself, "
                            "not its forward or a part of it, and turn gradient checkpointing off "
                            "(model.disable_gradient_checkpointing()).")  # fmt: skip
+        if (interval := self._own_interval(x, t, balanced)) is not None:
+            x_hat = on_levels(x.detach(), *interval).to(x.dtype)
+            return x_hat + (x - x.detach()) if x.requires_grad and torch.is_grad_enabled() else x_hat  # straight-through
         rule = self.rule if self.training else fake_quantize
         return rule(x, self.step(x, t, self.grid), self.grid)
 
+    def _own_interval(self, x, t, balanced):
+        """Of a step source that has levels of its own, beside those of the grid."""
+        if isinstance(self.step, DynamicStep):
+            half = 2 ** (self.bits - 1)
+            return self.step.interval(x, -half, half - 1, balanced)
+        return self.step.interval(x, t) if isinstance(self.step, TableStep) and self.step.levels is not None else None
+
     def _apply(self, fn, recurse=True):
-        return super()._apply(_less_dtype(fn), recurse)
+        return super()._apply(less_dtype(fn), recurse)
 
     def extra_repr(self) -> str:
         """Bits and the kind of grid, for print(model)."""
@@ -86,7 +92,7 @@ def _halves(x, at):
     return x[:, :at], x[:, at:]
 
 
-def _less_dtype(fn):
+def less_dtype(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """What moves a module's tensors, for step sizes: they follow the device, not the dtype."""
     return lambda v: fn(v).to(v.dtype) if v.is_meta else v.to(fn(v).device)
 
@@ -99,6 +105,7 @@ class QuantizedLayer(nn.Module):
     ``levels``: int8, of weights whose rounding was learned (AdaRound). ``rounded``: the weights of a frozen layer.
     ``balance``: what each input channel is divided by before it is quantized, and its weights multiplied with, in a shape that
     broadcasts to the input; ``None``: not balanced.
+    ``cached``: a table over t of what it puts out, in place of all this (:mod:`tdq_utils.fit.temporal_cache`), or ``None``.
     """
 
     weight: Any
@@ -110,6 +117,7 @@ class QuantizedLayer(nn.Module):
     levels: torch.Tensor | None
     rounded: torch.Tensor | None
     balance: torch.Tensor | None
+    cached: Any
 
     @property
     def weight_balance(self) -> torch.Tensor | None:
@@ -153,6 +161,8 @@ class QuantizedLayer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer on quantized input and weights."""
+        if self.cached is not None:
+            return self.cached(x, now())
         if self.activation is not None:
             x = self.activation(x, now(), self.balance)
         weight = self.quantized_weight().to(x)  # a view of itself where device and dtype agree
@@ -161,7 +171,7 @@ class QuantizedLayer(nn.Module):
     def _apply(self, fn, recurse=True):
         own = {name: buffer for name in BUFFERS if (buffer := self._buffers.get(name)) is not None}
         super()._apply(fn, recurse)
-        self._buffers |= {name: _less_dtype(fn)(buffer) for name, buffer in own.items()}
+        self._buffers |= {name: less_dtype(fn)(buffer) for name, buffer in own.items()}
         return self
 
 
@@ -173,7 +183,7 @@ QUANTIZED: dict[type[nn.Module], Any] = {
 PLAIN = {quantized: plain for plain, quantized in QUANTIZED.items()}
 QuantizedLinear, QuantizedConv1d, QuantizedConv2d, QuantizedConv3d = PLAIN  # pickles find them by name
 BUFFERS = ("weight_step", "levels", "rounded", "balance")
-ADDED = ("weight_grid", "split", "activation", *BUFFERS)
+ADDED = ("weight_grid", "split", "activation", "cached", *BUFFERS)
 
 
 def attach(layer: nn.Module, **added: Any) -> None:

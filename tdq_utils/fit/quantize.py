@@ -11,18 +11,17 @@ from torch.utils.hooks import RemovableHandle
 
 from tdq_utils.denoiser.call import follow, time_argument
 from tdq_utils.denoiser.loading import weights_at_hand
+from tdq_utils.denoiser.profile import Profile
 from tdq_utils.denoiser.sampling import timesteps
 from tdq_utils.errors import TDQError
 from tdq_utils.fit import layers
+from tdq_utils.fit.bins import binned
 from tdq_utils.fit.choice import BYPASSED, LAYERS, chosen_layers, skip_splits
 from tdq_utils.fit.layers import ActivationQuantizer, QuantizedLayer, SplitQuantizer
+from tdq_utils.fit.methods import DYNAMIC, METHODS
 from tdq_utils.method.balance import RULES as BALANCES
 from tdq_utils.method.grid import Grid
 from tdq_utils.method.step_sizes import DynamicStep, StaticStep, StepSize, TableStep
-
-CALIBRATED = ("minmax", "momentum", "percentile", "mse", "ptq4dm", "learned", "table", "tdq")
-DYNAMIC = {"dynamic": "tensor", "dynamic-sample": "sample", "dynamic-token": "token"}
-METHODS = (*CALIBRATED, *DYNAMIC)
 
 
 @dataclass
@@ -33,6 +32,7 @@ class Quantization:
     the reason. ``names``: of the quantized layers. ``visited``: time steps that calibration saw. ``frozen``: by :func:`freeze`.
     ``asked``: whether ``keep`` was given, so that calibration adds nothing to ``kept``.
     ``balance``: rule of the balance over channels, or ``None``.
+    ``temporal``: those of ``names`` that carry t (:mod:`tdq_utils.fit.temporal_features`): bits of weights, why it was kept.
     ``before``: the parameters before fine-tuning, or ``None``. The rest is for :func:`restore` and :func:`full_precision`.
     """
 
@@ -47,6 +47,7 @@ class Quantization:
     names: list[str] = field(default_factory=list, repr=False)
     visited: list[float] = field(default_factory=list, repr=False)
     frozen: bool = False
+    temporal: dict[str, tuple[int | None, str]] = field(default_factory=dict, repr=False)
     before: dict[str, torch.Tensor] | None = field(default=None, repr=False)
     found: dict[str, tuple[bool, Any]] = field(default_factory=dict, repr=False)  # requires_grad and grad, by parameter
     handles: list[RemovableHandle] = field(default_factory=list, repr=False)  # hooks that follow the model's calls
@@ -64,9 +65,9 @@ def quantize(model: Any, weights: int | None = 8, activations: int | None = 8, m
     Args:
         model: a diffusers denoiser, called with a sample and a time step.
         weights, activations: bits, 2 to 8, or ``None`` for full precision.
-        method: ``"minmax"``, ``"momentum"``, ``"percentile"``, ``"mse"``, ``"ptq4dm"`` or ``"learned"`` (static),
-            ``"table"`` (one value a step), ``"tdq"`` (generator), ``"dynamic"`` (per tensor), ``"dynamic-sample"``,
-            ``"dynamic-token"`` (of convolutions, which have none, per sample).
+        method: a key of :data:`tdq_utils.fit.methods.METHODS`, which says what each is: static (``"minmax"`` to ``"learned"``),
+            over t (``"table"``, ``"finite-set"``, ``"tdq"``), or of the input at hand (``"dynamic"``; ``"dynamic-token"`` of
+            convolutions, which have no tokens, is per sample).
         keep: dotted names or patterns (``"mid_block.*"``) of layers to leave in full precision; default: :func:`kept_layers`.
             What cannot be quantized (subclasses, computed weights) is left, too; ``model.quantization.kept`` says why.
         weights_per: ``"channel"`` (output channel) or ``"tensor"``. split_skips: give the two halves of a concatenated skip
@@ -151,7 +152,7 @@ def _take_off(model):
 def keep_too(model: nn.Module, names: Iterable[str], reason: str) -> None:
     """Leave further layers in full precision, those of ``names`` that are quantized; unless ``keep`` was given to quantize."""
     state, layers_now = checked_state(model), quantized_layers(model)
-    for name in () if state.asked else set(names) & set(state.names):
+    for name in () if state.asked else set(names) & (set(state.names) - set(state.temporal)):
         layers.detach(layers_now[name])
         state.names.remove(name)
         state.kept[name] = reason
@@ -242,22 +243,28 @@ def _swap(model, others):
 
 
 def freeze(model: nn.Module, scheduler: Any = None, steps: int | None = None, nearest: bool = False,
-           scheduling: dict[str, Any] | None = None) -> None:  # fmt: skip
+           scheduling: dict[str, Any] | None = None, bins: int | None = None, profile: Profile | None = None
+           ) -> None:  # fmt: skip
     """Pre-compute all that inference needs: step sizes over t become a table, weights are rounded once; outputs stay.
 
     Args:
         model: quantized and calibrated. scheduler: decides which t are visited; default: those that calibration saw.
         steps: sampling steps; default: every t that the scheduler was trained with. scheduling: as for ``sample``.
         nearest: let a per-step table answer for steps it was not calibrated for by its nearest t, instead of refusing.
+        bins: let neighbouring t share an interval, so many intervals a layer; ``profile``: of the model, to choose these by
+            least error (:func:`tdq_utils.fit.bins.binned`, which says how else). Default: one for each t.
 
-    TDQError: not quantized, not calibrated, or calibrated per step at other steps.
+    TDQError: not quantized, not calibrated, or calibrated per step at other steps; ``bins`` that are not from 1 to the number
+    of visited t, or for intervals that do not follow t.
     """
     state = checked_state(model)
     visited = state.visited if scheduler is None else timesteps(scheduler, steps, model, **(scheduling or {}))
-    quantizers = list(activation_quantizers(model).values())
-    frozen = [frozen_step(quantizer.step, visited, nearest) for quantizer in quantizers]  # all, before any is replaced
-    for quantizer, step in zip(quantizers, frozen, strict=True):
-        quantizer.step = step
+    quantizers = activation_quantizers(model)
+    frozen = {name: frozen_step(quantizer.step, visited, nearest) for name, quantizer in quantizers.items()}
+    if bins is not None:
+        frozen = {name: binned(step, bins, quantizers[name].grid, profile, name) for name, step in frozen.items()}
+    for name, step in frozen.items():  # all are there before any is replaced
+        quantizers[name].step = step
     round_weights(model)
 
 
@@ -276,4 +283,6 @@ def frozen_step(step: StepSize | None, visited: list[float], nearest: bool = Fal
         raise TDQError("freeze takes a calibrated model; call calibrate(model, scheduler, ...) first.")
     if isinstance(step, DynamicStep):
         return step
+    if isinstance(step, TableStep):
+        return step.only(visited, nearest)
     return TableStep(visited, step.on(visited, nearest)) if step.over_time else StaticStep(step.on([0])[0])

@@ -141,7 +141,8 @@ def adaround(model: nn.Module, data: CalibrationSet | Calls, iterations: int = 4
     The learned levels stay in the layers as ``levels`` (int8). Returns the loss of each iteration. Arguments as for
     :func:`refine`; ``model``: calibrated or not; ``weight``: of the penalty, in the last four fifths of the iterations.
     """
-    soft = [(layer, SoftRounding(layer)) for layer in quantized_layers(model).values() if layer.weight_grid is not None]
+    learned = {name: layer for name, layer in quantized_layers(model).items() if name not in checked_state(model).temporal}
+    soft = [(layer, SoftRounding(layer)) for layer in learned.values() if layer.weight_grid is not None]
     activations = {layer: layer.activation for layer in quantized_layers(model).values()}
     warm = iterations // 5
 

@@ -60,6 +60,12 @@ class StepSize(nn.Module):
         """The step sizes at time steps ``t``, ``"t"``, as they are in any batch; ``nearest``: a table may answer for others."""
         return self.s.detach().expand(len(t))
 
+    def interval_on(self, t: Sequence[float], grid: Grid) -> torch.Tensor:
+        """``"t value"``: step size, least and greatest level, counted from the value 0, at time steps ``t``."""
+        s = self.on(t)
+        zero = grid.zero(s)
+        return torch.stack([s, grid.q_min - zero, grid.q_max - zero], dim=1)
+
     def forward(self, x: torch.Tensor, t: Any, grid: Grid) -> Any:
         """Of a constant: itself, ``""``."""
         return self.s
@@ -128,18 +134,29 @@ class DynamicStep(StepSize):
 
 
 class TableStep(StepSize):
-    """One value ``s`` for each of a finite set of time steps ``t``, any unit, looked up by the value of t (:func:`nearest`)."""
+    """One value ``s`` for each of a finite set of time steps ``t``, any unit, looked up by the value of t (:func:`nearest`).
+
+    ``levels``: ``"t end"``, least and greatest level at each t, counted from the value 0, where these follow t, too (a zero level
+    of its own, or bits); ``None``: they are those of the layer's grid.
+    """
 
     over_time = True
     t: torch.Tensor
     s: torch.Tensor
+    levels: torch.Tensor | None
 
-    def __init__(self, t: Any, s: Any):
+    def __init__(self, t: Any, s: Any, levels: Any = None):
         super().__init__()
         t, order = torch.as_tensor(t, dtype=torch.float64).sort()
+        sorted_by_t = lambda v: torch.as_tensor(v, dtype=torch.float32)[order.to(torch.as_tensor(v).device)].clone()  # noqa: E731
         self.register_buffer("t", t)
-        self.register_buffer("s", torch.as_tensor(s, dtype=torch.float32)[order.to(torch.as_tensor(s).device)].clone())
+        self.register_buffer("s", sorted_by_t(s))
+        self.register_buffer("levels", None if levels is None else sorted_by_t(levels))
         self._rows: dict[float, int] = {}
+
+    def settings(self) -> dict[str, Any]:
+        """Whether it has ``levels``."""
+        return {} if self.levels is None else dict(levels=True)
 
     def forward(self, x: torch.Tensor, t: TimeSteps, grid: Grid) -> torch.Tensor:
         """``s`` at each sample's t; one value if they share it. TDQError: a t not in the table."""
@@ -152,7 +169,26 @@ class TableStep(StepSize):
             lost = f"{len(missing)} of {len(t)} time steps are missing, t = {min(missing):g} among them"
             raise TDQError(f"A table can be frozen only for the steps it was calibrated for; {lost}. Calibrate with these steps, "
                            "pass nearest=True, or use method='tdq'.")  # fmt: skip
-        return torch.stack([self.s[(self.t - value).abs().argmin()] for value in t])
+        return self.s[self._nearest(t)]
+
+    def only(self, t: Sequence[float], nearest: bool = False) -> "TableStep":
+        """A table for ``t`` alone; as for :meth:`on`."""
+        return TableStep(t, self.on(t, nearest), None if self.levels is None else self.levels[self._nearest(t)])
+
+    def interval_on(self, t: Sequence[float], grid: Grid) -> torch.Tensor:
+        """As every source; with the ``levels`` of the table, if it has its own."""
+        if self.levels is None:
+            return super().interval_on(t, grid)
+        return torch.cat([self.on(t)[:, None], self.levels[self._nearest(t)]], dim=1)
+
+    def interval(self, x: torch.Tensor, t: TimeSteps) -> tuple[torch.Tensor, ...]:
+        """Of a table with ``levels``: step size, least and greatest level, counted from the value 0; they broadcast to ``x``."""
+        rows = [self._row(value) for value in t.values]
+        found = t.spread([torch.cat([self.s[row : row + 1], self.levels[row]]) for row in rows])  # type: ignore[index]
+        return found.view(-1, 3, *[1] * (x.dim() - 1)).unbind(1)
+
+    def _nearest(self, t):
+        return [int((self.t - value).abs().argmin()) for value in t]
 
     def _row(self, value: float) -> int:
         if value not in self._rows:  # derived from the buffer, so a loaded table needs no other state

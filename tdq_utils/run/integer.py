@@ -43,6 +43,8 @@ class IntegerRunner(Runner):
     @staticmethod
     def make_layer(name: str, layer: QuantizedLayer, activation: nn.Module | None) -> nn.Module:
         """An integer layer for a quantized one. TDQError: there is no kernel for it."""
+        if activation is None:  # floats on rounded weights: what carries t, a vector a sample
+            return Runner.make_layer(name, layer, activation)
         kind = {QuantizedConv2d: IntegerConv2d, QuantizedLinear: IntegerLinear}.get(type(layer))
         if kind is None or layer.split is not None or getattr(layer, "padding_mode", "zeros") != "zeros":
             what = "halves quantized apart" if layer.split is not None else str(layer)
@@ -52,7 +54,7 @@ class IntegerRunner(Runner):
     @staticmethod
     def load_layer(mine: Any, layer: QuantizedLayer) -> None:
         """Give ``mine`` the weights of another quantized layer."""
-        mine.load(layer)
+        (mine.load if isinstance(mine, IntegerConv2d) else lambda layer: Runner.load_layer(mine, layer))(layer)
 
 
 to_integer = IntegerRunner  # sampled like any model: sample(to_integer(model), scheduler, ...)

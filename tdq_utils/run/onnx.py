@@ -17,7 +17,7 @@ from tdq_utils.errors import TDQError
 from tdq_utils.fit.layers import QuantizedConv2d, QuantizedLinear
 from tdq_utils.fit.quantize import full_precision, quantized_layers
 from tdq_utils.run.integer import saturates
-from tdq_utils.run.runtime import RowQuantizer, Runner, bits_on_grid, one_time
+from tdq_utils.run.runtime import CachedRow, RowQuantizer, Runner, bits_on_grid, one_time
 
 
 def export_onnx(model: nn.Module, scheduler: Any, steps: int, path: str | Path,
@@ -41,7 +41,10 @@ def export_onnx(model: nn.Module, scheduler: Any, steps: int, path: str | Path,
     runner, clock = Runner(model, scheduler, steps, compiled=False), SimpleNamespace(row=None)
     for name in quantized_layers(model):
         layer = runner.net.get_submodule(name)
-        runner.net.set_submodule(name, _checked_kind(name, layer)(layer, runner.table, clock))
+        if isinstance(layer, CachedRow):
+            runner.net.set_submodule(name, _Gathered(runner.features[:, layer.part], clock))
+        elif layer.activation is not None:  # else it is one that carries t, in floats
+            runner.net.set_submodule(name, _checked_kind(name, layer)(layer, runner.table, clock))
     _write(_Timed(runner.net, clock, list(runner.rows)), path, condition or {}, bits)
 
 
@@ -114,8 +117,10 @@ class _Product(nn.Module):
     def __init__(self, layer, table, clock):
         super().__init__()
         s, least, greatest = table[:, :, layer.activation.column].unbind(dim=1)
-        self.clock, self.top = clock, int(greatest[0] - least[0])
+        tops = (greatest - least).to(torch.uint8)
+        self.clock, self.whole = clock, bool((tops == 255).all())
         weight = layer.weight_levels()  # "out in ..."
+        self.register_buffer("top", tops[0] if (tops == tops[0]).all() else tops)  # bits may follow t
         self.register_buffer("scale", s.clone())
         self.register_buffer("zero", (-least).to(torch.uint8))
         self.register_buffer("weight", weight.movedim(1, -1).flatten(1).T.contiguous())
@@ -132,14 +137,28 @@ class _Product(nn.Module):
         s = _node("Gather", self.scale, self.clock.row, dtype=torch.float32, shape=())
         zero = _node("Gather", self.zero, self.clock.row, dtype=torch.uint8, shape=())
         q = _node("QuantizeLinear", x, s, zero, dtype=torch.uint8, shape=x.shape)
-        if self.top < 255:  # the node itself stops at 0 and 255
-            q = _node("Min", q, torch.tensor(self.top, dtype=torch.uint8), dtype=torch.uint8, shape=x.shape)
+        if not self.whole:  # the node itself stops at 0 and 255
+            top = _node("Gather", self.top, self.clock.row, dtype=torch.uint8, shape=()) if self.top.dim() else self.top
+            q = _node("Min", q, top, dtype=torch.uint8, shape=x.shape)
         return q, s, zero
 
     def product(self, q, s, zero):
         y = _dequantized(q, s, zero) @ _dequantized(self.weight, self.weight_scale, axis=1)
         # Where onnxruntime knows all sizes, it would fuse an Add with the product, to floats, before it looks for integers.
         return y if self.bias is None else y - -self.bias
+
+
+class _Gathered(nn.Module):
+    """A layer whose output is looked up: the row of its ``table``, ``"t width"``, that the ``clock`` says."""
+
+    def __init__(self, table, clock):
+        super().__init__()
+        self.clock = clock
+        self.register_buffer("table", table.clone())
+
+    def forward(self, x):
+        row = _node("Gather", self.table, self.clock.row, dtype=torch.float32, shape=self.table.shape[1:])
+        return row.expand(*x.shape[:-1], -1)
 
 
 class _Convolution(_Product):

@@ -67,18 +67,24 @@ class Runner(Compiled):
         compiled: run through ``torch.compile`` (most of a minute at the first call, less time at every other).
 
     ``table``: ``"t value quantizer"`` (:func:`interval_table`). ``now``: its row, ``"value quantizer"``. ``net``: the copy.
+    ``features``: ``"t feature"``, all that is cached (:mod:`tdq_utils.fit.temporal_cache`); ``found``: its row.
     """
 
     table: torch.Tensor
     now: torch.Tensor
+    features: torch.Tensor
+    found: torch.Tensor
 
     def __init__(self, model: nn.Module, scheduler: Any = None, steps: int | None = None, compiled: bool = True):
         visited = _frozen_for(model) if scheduler is None else timesteps(scheduler, steps, model)
         table = interval_table(model, visited)
-        super().__init__(_copy(model, now := table[0].clone(), self.make_layer), compiled)
+        features = feature_table(model, visited)
+        super().__init__(_copy(model, now := table[0].clone(), found := features[0].clone(), self.make_layer), compiled)
         self.rows = {float(t): row for row, t in enumerate(visited)}
         self.register_buffer("table", table)
         self.register_buffer("now", now)
+        self.register_buffer("features", features)
+        self.register_buffer("found", found)
         self.moves = _moves(table)
 
     @staticmethod
@@ -92,9 +98,11 @@ class Runner(Compiled):
         """Take over the weights and intervals of another calibrated model of equal structure, without compiling again."""
         self.table.copy_(interval_table(model, list(self.rows)))
         self.now.copy_(self.table[0])
+        self.features.copy_(feature_table(model, list(self.rows)))
         self.moves, layers = _moves(self.table), quantized_layers(model)
         for name, layer in layers.items():
-            self.load_layer(self.net.get_submodule(name), layer)
+            if layer.cached is None:
+                self.load_layer(self.net.get_submodule(name), layer)
         mine, inside = self.net.state_dict(), tuple(f"{name}." for name in layers)
         for name, value in model.state_dict().items():  # norms and all that stays in full precision: training moves them, too
             if not name.startswith(inside):
@@ -113,11 +121,17 @@ class Runner(Compiled):
         """The model's output. TDQError: several t in a batch, or a t that is not in the table."""
         if self.moves:
             self.now.copy_(self.row(torch.as_tensor(timestep)))
+        if len(self.found):
+            self.found.copy_(self.features[self.place(torch.as_tensor(timestep))])
         return super().forward(sample, timestep, **condition)
 
     def row(self, timestep: torch.Tensor) -> torch.Tensor:
         """The row of the table, ``"value quantizer"``, of a call's time steps."""
-        return self.table[self.rows[one_time(timestep, sorted(self.rows))]]
+        return self.table[self.place(timestep)]
+
+    def place(self, timestep: torch.Tensor) -> int:
+        """The number of that row. TDQError: several t in a batch, or a t that is not in the table."""
+        return self.rows[one_time(timestep, sorted(self.rows))]
 
 
 def one_time(timestep: torch.Tensor, known: list[float]) -> float:
@@ -146,7 +160,8 @@ def _frozen_for(model):
     steps = [quantizer.step for quantizer in activation_quantizers(model).values()]
     if any(isinstance(step, StepGenerator) for step in steps):
         raise TDQError("A runner must know its time steps; this model is not frozen. Pass scheduler and steps, or freeze it.")
-    return next((step.t.tolist() for step in steps if isinstance(step, TableStep)), [0])
+    tables = [*steps, *(layer.cached for layer in quantized_layers(model).values())]
+    return next((table.t.tolist() for table in tables if isinstance(table, TableStep)), [0])
 
 
 def interval_table(model: nn.Module, visited: Sequence[float]) -> torch.Tensor:
@@ -165,9 +180,25 @@ def _column(quantizer, visited):
         return torch.tensor([1.0, -half, half - 1]).expand(len(visited), 3)
     if quantizer.step is None:
         raise TDQError("A runner takes a calibrated model; call calibrate(model, scheduler, ...) first.")
-    s = quantizer.step.on(visited)
-    zero = quantizer.grid.zero(s)
-    return torch.stack([s, quantizer.grid.q_min - zero, quantizer.grid.q_max - zero], dim=1)
+    return quantizer.step.interval_on(visited, quantizer.grid)
+
+
+def feature_table(model: nn.Module, visited: Sequence[float]) -> torch.Tensor:
+    """``"t feature"``: what the cached layers of a model put out at ``visited``, side by side. TDQError: a t is missing."""
+    tables = [layer.cached.at(visited) for layer in quantized_layers(model).values() if layer.cached is not None]
+    return torch.cat(tables, dim=1) if tables else torch.zeros(len(visited), 0)
+
+
+class CachedRow(nn.Module):
+    """What is in the places ``part`` of ``found``, ``"feature"``, for each row of the input."""
+
+    def __init__(self, found: torch.Tensor, part: slice):
+        super().__init__()
+        self.found, self.part = found, part
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``"batch ... width"`` for an input ``"batch ... in"``, whose values do not matter."""
+        return self.found[self.part].to(x.dtype).expand(*x.shape[:-1], -1)
 
 
 class RowQuantizer(nn.Module):
@@ -198,11 +229,17 @@ class RowQuantizer(nn.Module):
         return q.to(torch.uint8), s, (-least).to(torch.int32)
 
 
-def _copy(model, now, make_layer):
-    """A copy of the model that is not quantized, with layers made by ``make_layer`` whose quantizers read ``now``."""
+def _copy(model, now, found, make_layer):
+    """A copy of the model that is not quantized, with layers made by ``make_layer`` whose quantizers read ``now``, or cached."""
     net, dynamic = copy.deepcopy(model), lambda step: step if isinstance(step, DynamicStep) else None
     readers = {q: RowQuantizer(now, column, dynamic(q.step)) for column, q in enumerate(activation_quantizers(net).values())}
+    start = 0
     for name, layer in quantized_layers(net).items():
+        if layer.cached is not None:
+            width = len(layer.weight)
+            net.set_submodule(name, CachedRow(found, slice(start, start + width)))
+            start += width
+            continue
         activation = readers.get(layer.activation)
         if isinstance(layer.activation, SplitQuantizer):
             activation = SplitQuantizer(layer.activation.at, [readers[half] for half in layer.activation.halves])

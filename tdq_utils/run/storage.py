@@ -15,6 +15,8 @@ from torch import nn
 from tdq_utils.errors import DataError, TDQError
 from tdq_utils.fit.layers import blank_balance
 from tdq_utils.fit.quantize import activation_quantizers, checked_state, quantize, quantized_layers, round_weights
+from tdq_utils.fit.temporal_cache import FeatureTable
+from tdq_utils.fit.temporal_features import attach_temporal
 from tdq_utils.method.generator import FourierFeatures, RawTime, StepGenerator
 from tdq_utils.method.grid import Grid
 from tdq_utils.method.step_sizes import DynamicStep, LearnedStep, StaticStep, TableStep
@@ -44,9 +46,10 @@ def save_quantized(model: Any, folder: str | Path, packed: bool = False) -> None
             seen.add(place)
     if packed:
         for name, layer in quantized_layers(model).items():
-            del tensors[f"{name}.weight"]
-            tensors.pop(f"{name}.levels", None)
-            tensors[f"{name}.packed"] = pack(layer.weight_levels(), settings["weights"])
+            if layer.weight_grid is not None:
+                del tensors[f"{name}.weight"]
+                tensors.pop(f"{name}.levels", None)
+                tensors[f"{name}.packed"] = pack(layer.weight_levels(), layer.weight_grid.bits)
     _write(Path(folder), tensors, settings)
 
 
@@ -57,6 +60,7 @@ def describe(model: Any) -> dict[str, Any]:
         format=FORMAT,
         keep=state.kept,
         balanced=any(layer.balance is not None for layer in quantized_layers(model).values()),  # measured by now
+        temporal={name: [*how, quantized_layers(model)[name].cached is not None] for name, how in state.temporal.items()},
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         channels_last=any(p.dim() == 4 and not p.is_contiguous() for p in model.parameters()),  # decides in which order sums go
         layers={name: _describe(quantizer) for name, quantizer in activation_quantizers(model).items()},
@@ -137,7 +141,7 @@ def _build(settings, tensors):
         parameter.data = parameter.data.to(tensors[name].dtype if name in tensors else dtype)
     rebuild(model, settings, tensors)
     for name, layer in quantized_layers(model).items():
-        if settings.get("packed"):
+        if f"{name}.packed" in tensors:
             tensors[f"{name}.levels"] = unpack(tensors.pop(f"{name}.packed"), layer.weight.shape)
             layer.weight_step, layer.balance = tensors[f"{name}.weight_step"], tensors.get(f"{name}.balance")
             tensors[f"{name}.weight"] = tensors[f"{name}.levels"] * layer.spread_weight_step()
@@ -150,11 +154,16 @@ def _build(settings, tensors):
 
 def rebuild(model: Any, settings: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
     """Quantize a model as :func:`describe` says, still without the values; of ``tensors``, tables take their length."""
-    quantize(model, **{name: settings[name] for name in HOW if name in settings}, keep=list(settings["keep"]), search=False)
+    temporal = settings.get("temporal", {})
+    how = {name: settings[name] for name in HOW if name in settings}
+    quantize(model, **how, keep=[*settings["keep"], *temporal], search=False)
     model.quantization.kept |= settings["keep"] if isinstance(settings["keep"], dict) else {}  # with the reasons
     model.quantization.visited, model.quantization.asked = settings.get("visited", []), settings.get("asked", True)
     for layer in quantized_layers(model).values() if settings.get("balanced") else ():
         layer.balance = blank_balance(layer)
+    for name, (bits, reason, cached) in temporal.items():
+        attach_temporal(model, name, bits, reason, search=False)
+        model.get_submodule(name).cached = FeatureTable(*(tensors[f"{name}.cached.{part}"] for part in "tsq")) if cached else None
     places = {module: place for place, module in model.named_modules()}
     for name, quantizer in activation_quantizers(model).items():
         _rebuild(quantizer, settings["layers"][name], tensors, places[quantizer])
@@ -171,7 +180,7 @@ def _rebuild(quantizer, description, tensors, place):
     quantizer.grid, settings = description["grid"] and Grid(**description["grid"]), dict(description["step"] or {})
     kind = settings.pop("kind", None)
     if kind == "TableStep":
-        settings = dict(t=tensors[f"{place}.step.t"], s=tensors[f"{place}.step.s"])
+        settings = {name: tensors[f"{place}.step.{name}"] for name in ("t", "s", *settings)}
     if kind == "StepGenerator":
         width = settings.pop("width")
         settings["features"] = RawTime() if width == 1 else FourierFeatures(width)

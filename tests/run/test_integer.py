@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64") or not module.sums_are_exact(8),
     reason="integer kernels need an x86 processor with 8-bit dot products",
 )
-METHODS = ("minmax", "table", "tdq", "dynamic", "dynamic-sample", "dynamic-token")
+METHODS = ("minmax", "table", "finite-set", "tdq", "dynamic", "dynamic-sample", "dynamic-token")
 
 
 def frozen(model, scheduler, profile, method="table", weights=8, activations=8, **options):

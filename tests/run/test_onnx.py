@@ -42,6 +42,8 @@ class Layers(nn.Module):
 
 GRIDS = [Grid(8), Grid(5, SILU_MIN), Grid(8, 0.0), Grid(5), Grid(8, SILU_MIN), Grid(5, 0.0), Grid(2)]  # one a layer
 
+LEVELS = [[-3, 28], [-16, 15], [-100, 155], [-8, 7]]  # the last layer's: zero level and bits follow t
+
 
 def quantized_layers(seed=0):
     """With intervals that drift, and end well before inputs of deviation 2 do."""
@@ -51,6 +53,7 @@ def quantized_layers(seed=0):
     for quantizer, grid in zip(activation_quantizers(model).values(), GRIDS, strict=True):
         quantizer.bits, quantizer.grid = grid.bits, grid
         quantizer.step = TableStep(list(VISITED), list(VISITED.values()))
+    quantizer.step = TableStep(list(VISITED), list(VISITED.values()), LEVELS)
     return model
 
 

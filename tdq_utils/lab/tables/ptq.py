@@ -19,7 +19,8 @@ SEEDS = 1_000_000  # repeat r samples the seeds from r * SEEDS on and calibrates
 BITS = ((8, 8), (8, 6), (8, 5), (8, 4), (4, 8), (4, 5))
 HEADLINE = ((8, 6), (8, 5), (4, 5))  # these get a third repeat
 QUICK_BITS = ((8, 5), (4, 5))
-TOKENS = "dynamic-token"  # left out: of the shipped UNet only the 16 layers of its attention have tokens
+# Left out: of the shipped UNet only the 16 layers of its attention have tokens; TFMQ-DM's ranges are in a table of neighbours.
+LEFT_OUT = ("dynamic-token", "finite-set")
 CALIBRATION = 32  # trajectories
 
 Calibrated = Callable[[], tuple[CalibrationSet | None, Profile | None]]
@@ -104,7 +105,7 @@ def ptq_jobs(quick: bool = False, steps: int = 20, repeats: int = 2) -> list[Job
     for repeat in range(repeats + (not quick)):
         wanted = sorted(bits if repeat < repeats else HEADLINE, key=lambda pair: pair not in HEADLINE)
         jobs += [Job("full precision", repeat=repeat), Job("real images", repeat=repeat)]
-        jobs += [Job(method, w, a, repeat) for w, a in wanted for method in METHODS if method != TOKENS]
+        jobs += [Job(method, w, a, repeat) for w, a in wanted for method in METHODS if method not in LEFT_OUT]
         if not quick:  # learned rounding of weights matters where they have few bits
             jobs += [Job(method, w, a, repeat, "adaround") for w, a in wanted if w < 8 for method in ("mse", "tdq")]
     jobs.sort(key=lambda job: job.method in DYNAMIC)

@@ -56,6 +56,25 @@ def test_post_training_quantization():
     check("intervals", lambda label: table[table.method == METHODS.get(label, label)])
 
 
+def test_time_or_channels():
+    """Repeat 0 alone, of both tables; what is not measured yet is empty."""
+    names = {"static, MSE": "mse", "TDQ": "tdq", "full precision": "full precision"}
+    balanced, plain = (pd.read_csv(ROOT / f"data/results/{name}.csv") for name in ("balance", "ptq"))
+    table = pd.concat([balanced, plain.assign(rule="-")]).query("repeat == 0")
+    table = table.drop_duplicates(["method", "weights", "activations", "weights_method", "rule"])
+
+    def rows_of(label):
+        name, rule, rounding = names[re.sub(", balanced|, AdaRound", "", label)], "balanced" in label, "AdaRound" in label
+        rows = table[(table.method == name) & (table.weights_method == ("adaround" if rounding else "nearest"))]
+        return rows[(rows.rule == ("range" if rule else "-"))]
+
+    check("channels", rows_of)
+    gap = {rule: rows_of(label).query("weights == 8 and activations == 5").fcd.item() for rule, label in
+           (("plain", "static, MSE"), ("balanced", "static, MSE, balanced"))}  # fmt: skip
+    share = (gap["plain"] - gap["balanced"]) / (gap["plain"] - rows_of("full precision").fcd.iloc[0])
+    assert f"closes {share:.0%} of the gap at W8A5".replace("%", " %") in (ROOT / "README.md").read_text()
+
+
 def test_training():
     table = pd.read_csv(ROOT / "data/results/qat.csv")
     table = table[table.steps == 20]

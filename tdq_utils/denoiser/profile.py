@@ -125,7 +125,7 @@ class Profile:
         reach = self.percentile(99.9)
         table = pd.DataFrame({"layer": self.layers, "ratio": np.divide(*np.maximum([reach.max(1), reach.min(1)], 1e-12))})
         correlation = [np.corrcoef(row, self.t)[0, 1] if row.std() > 0 else 0.0 for row in reach]
-        return table.assign(correlation=correlation, gain_db=[self._gain(row, bits) for row in range(len(table))])
+        return table.assign(correlation=correlation, gain_db=[self.gain(row, bits) for row in range(len(table))])
 
     def best_steps(self, layer: str | int, bits: int | Grid) -> tuple[torch.Tensor, torch.Tensor]:
         """MSE-optimal step sizes of a layer: ``(static, per step)``, tensors ``""`` and ``"step"``; searched for once.
@@ -140,9 +140,10 @@ class Profile:
             self.searched[key] = static, mse_step(values, grid, counts)
         return self.searched[key]
 
-    def _gain(self, layer, bits):
-        grid, (values, counts) = self.grid(layer, bits), self.values(layer)
-        fixed, free = (squared_error(values, counts, s.expand(len(values)), grid).sum() for s in self.best_steps(layer, bits))
+    def gain(self, layer: str | int, bits: int | Grid) -> float:
+        """By how many dB the squared error of a layer falls with the best step size of each t; ``bits`` as for ``best_steps``."""
+        grid, (values, counts) = bits if isinstance(bits, Grid) else self.grid(layer, bits), self.values(layer)
+        fixed, free = (squared_error(values, counts, s.expand(len(values)), grid).sum() for s in self.best_steps(layer, grid))
         return 10 * float(torch.log10(fixed.clamp_min(1e-30) / free.clamp_min(1e-30)))  # a layer may always be zero
 
     def save(self, path: str | Path) -> None:

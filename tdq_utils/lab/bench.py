@@ -64,11 +64,11 @@ def ratios(seconds: dict[str, list[float]], to: str | None = None) -> pd.DataFra
     return pd.DataFrame(frame).rename_axis("variant").reset_index()
 
 
-def _calibrated(model: nn.Module, scheduler: SchedulerMixin, method: str, steps: int, weights: int = 8, activations: int = 8
-                ) -> nn.Module:  # fmt: skip
+def _calibrated(model: nn.Module, scheduler: SchedulerMixin, method: str, steps: int, weights: int = 8, activations: int = 8,
+                balance: bool = False) -> nn.Module:  # fmt: skip
     """A copy of a full-precision model, quantized and calibrated as well as a timing needs."""
     model = copy.deepcopy(model)
-    quantize(model, weights, activations, method)
+    quantize(model, weights, activations, method, balance=balance)
     calibrate(model, scheduler, range(8), steps, progress=False, **(dict(iterations=20) if method == "tdq" else {}))
     return model
 
@@ -102,10 +102,12 @@ def integer_variants(model: nn.Module, scheduler: SchedulerMixin, steps: int) ->
     static, tdq = (_calibrated(model, scheduler, method, steps) for method in ("mse", "tdq"))
     frozen = copy.deepcopy(tdq)
     freeze(frozen, scheduler, steps)
+    balanced = _calibrated(model, scheduler, "tdq", steps, balance=True)
     dynamic = {over: _calibrated(model, scheduler, method, steps) for method, over in DYNAMIC.items()}
     return {
         "fp32, eager": model, "fp32, compiled": Compiled(copy.deepcopy(model)),
         "int8, static": to_integer(static, scheduler, steps), "int8, TDQ table": to_integer(tdq, scheduler, steps),
+        "int8, TDQ table, balanced": to_integer(balanced, scheduler, steps),
         "int8, TDQ generators on the path": generator_runner(tdq, scheduler, steps),
         "simulated, TDQ table, eager": frozen, "simulated, TDQ table, compiled": Runner(tdq, scheduler, steps),
         **_peers(frozen, scheduler, steps),

@@ -203,8 +203,8 @@ def tiny_pipeline(family: str) -> tuple[Any, dict[str, Any]]:
     return pipe, prompt | call | dict(height=64, width=64, output_type="latent")
 
 
-def framed(page: str, height: int = 640) -> Any:
+def framed(page: str, height: int = 640, title: str = "report") -> Any:
     """A whole HTML page, shown inside a notebook: a frame of so many pixels that holds it, and asks nobody for it."""
     from IPython.display import HTML
 
-    return HTML(f'<div><iframe title="report" width="100%" height="{height}" srcdoc="{escape(page)}"></iframe></div>')
+    return HTML(f'<div><iframe title="{title}" width="100%" height="{height}" srcdoc="{escape(page)}"></iframe></div>')

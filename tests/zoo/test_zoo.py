@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tdq_utils import calibrate, freeze, kept_layers, quantize, restore
+from tdq_utils import calibrate, freeze, kept_layers, quantize, quantized_layers, record, restore
 from tdq_utils.denoiser.call import prediction, read_times
 from tdq_utils.denoiser.recording import as_profile, recording
 
@@ -59,6 +59,23 @@ def test_the_whole_life_of_a_quantized_model(family, calls):
     restore(model)
     assert torch.equal(outputs(model, calls), clean)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_channels_are_balanced(family, calls):
+    """On calls as the family's pipeline makes them; near full precision with 8 bits, and out again bit for bit."""
+    model = family.build()
+    clean = outputs(model, calls)
+    with record(model, inputs=3) as recorded:
+        outputs(model, calls)
+    quantize(model, 8, 8, "table", balance=True)
+    calibrate(model, data=recorded.inputs, progress=False)
+    assert all(layer.balance is not None for layer in quantized_layers(model).values())
+    quantized = outputs(model, calls)
+    assert (quantized - clean).square().mean() < 0.01 * clean.square().mean()
+    freeze(model)
+    assert torch.equal(outputs(model, calls), quantized)
+    restore(model)
+    assert torch.equal(outputs(model, calls), clean)
 
 
 def test_half_precision_runs(family, calls):

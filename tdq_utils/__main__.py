@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 import tdq_utils as tdq
-from tdq_utils.errors import TDQError
+from tdq_utils.denoiser.loading import checked_device
+from tdq_utils.errors import TDQError, check, check_folder
 
 SHOWN = ("question", "variant", "rule", "steps", "method", "weights_method", "weights", "activations", "repeat", "iterations",
          "step_rate", "generator_rate", "split_skips", "mse", "fcd", "fid", "kid", "seconds")  # fmt: skip
@@ -92,8 +93,6 @@ def reproduce(args: Namespace) -> None:
     for option, tables in BELONGS.items():
         if getattr(args, option) not in (None, False) and args.table not in tables.split(", "):
             raise TDQError(f"--{option} belongs to {tables}; got {args.table}, which fixes its own. Leave it out.")
-    if args.iterations is not None and args.iterations < 1:
-        raise TDQError(f"--iterations must be 1 or more; got {args.iterations}.")
     args.weights, args.activations = args.weights or 8, args.activations or [5, 6]
     steps, iterations = args.steps or (10 if args.quick else 20), args.iterations or (30 if args.quick else 600)
     jobs_of: dict[str, Callable[[], Sequence[Any]]] = {
@@ -263,10 +262,27 @@ def _reproduce_options(sub: ArgumentParser) -> None:
     few.add_argument("--picture", type=Path, help="also draw drift and rescue, at the fewest bits")
 
 
+COUNTS = ("images", "steps", "iterations", "epochs", "batch", "batch_size", "repeats", "classes")
+
+
+def _check(args: Namespace) -> None:
+    """Refuse numbers and places of any command, before it loads anything. TDQError: one is out of range, or no place."""
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    check("count", **{f"--{name.replace('_', '-')}": given[name] for name in COUNTS if name in given})
+    for name in {"weights", "activations"} & given.keys():
+        for bits in given[name] if isinstance(given[name], list) else [given[name]]:
+            tdq.Grid(bits)
+    check("amount", **{f"--{name.replace('_', '-')}": given[name] for name in ("seed", "first_seed") if name in given})
+    if "device" in given:
+        checked_device(args.device)
+    check_folder(args.out.parent if args.out.suffix else args.out)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; bad input ends with its message and status 2."""
     args = parser().parse_args(argv)
     try:
+        _check(args)
         args.run(args)
     except TDQError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -20,7 +20,7 @@ from tdq_utils.denoiser.loading import matches_flow
 from tdq_utils.denoiser.record import Calls
 from tdq_utils.denoiser.sampling import Condition, rows_of
 from tdq_utils.denoiser.trajectory import Asked
-from tdq_utils.errors import DataError, TDQError
+from tdq_utils.errors import DataError, TDQError, check_folder
 
 # prediction_type -> target, of x_0, eps and their factors in x_t
 TARGETS: dict[str, Callable[..., torch.Tensor]] = {
@@ -203,6 +203,7 @@ class Trainer:
 def state_path(out: str | Path, settings: dict[str, Any]) -> Path:
     """Path of the state in ``out``, which keeps its settings beside it. TDQError: it holds a run that began with others."""
     state, kept = Path(out) / "state.pt", Path(out) / "settings.json"
+    check_folder(Path(out))
     settings = json.loads(json.dumps(described(settings), default=repr))
     if not state.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)

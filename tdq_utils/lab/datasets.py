@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tdq_utils.denoiser.files import beside
 from tdq_utils.denoiser.loading import DATA
-from tdq_utils.errors import DataError
+from tdq_utils.errors import DataError, checked_path
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
 OFFICIAL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"  # as named in its README
@@ -58,9 +58,10 @@ def load_images(name: str | Path = "fashion-mnist", split: str = "test", root: s
         download: fetch a missing official file into the cache (``~/.cache/tdq_utils``).
 
     DataError: unknown name or split, file not found, contents with a wrong checksum, pictures that are not alike."""
-    if str(name) not in SPLITS and not Path(name).is_dir():
+    root = None if root is None else checked_path(root)
+    if str(name) not in SPLITS and not checked_path(name).is_dir():
         raise DataError(f"load_images knows {', '.join(map(repr, SPLITS))}, and folders of pictures; got {str(name)!r}.")
-    if split not in FASHION_MNIST:
+    if split not in tuple(FASHION_MNIST):
         raise DataError(f"split must be one of {', '.join(FASHION_MNIST)}; got {split!r}.")
     classes: np.ndarray | None
     if str(name) not in SPLITS:

@@ -152,9 +152,8 @@ def train_classifier(out: str | Path, epochs: int = 8, batch: int = 128, seed: i
 
     AdamW with a one-cycle rate (peak 3e-3), random horizontal flips, label smoothing 0.05. ``out``: folder for
     ``model.safetensors``, ``metrics.json`` and ``fashion-mnist-test.npz``; ``root``: as for ``load_images``."""
-    out = Path(out)
+    out, (images, labels) = Path(out), load_images(split="train", root=root, labels=True)
     out.mkdir(parents=True, exist_ok=True)
-    images, labels = load_images(split="train", root=root, labels=True)
     torch.manual_seed(seed)
     classifier = FeatureClassifier().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=3e-3, weight_decay=0.05)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tdq_utils.errors import DataError, TDQError
+from tdq_utils.errors import DataError, TDQError, check_folder, checked_path
 from tdq_utils.fit.layers import blank_balance
 from tdq_utils.fit.quantize import activation_quantizers, checked_state, quantize, quantized_layers, round_weights
 from tdq_utils.method.generator import FourierFeatures, RawTime, StepGenerator
@@ -29,9 +29,10 @@ def save_quantized(model: Any, folder: str | Path, packed: bool = False) -> None
 
     ``folder`` gets ``quantization.json`` and ``model-....safetensors``; one that it holds already stays whole until they are.
     ``packed``: keep of the quantized weights only their levels: one byte each, or two in a byte from 4 bits down. The model that
-    comes back gives the same outputs; the weights before rounding are gone. TDQError: the weights, or the model, not quantized.
+    comes back gives the same outputs; the weights before rounding are gone. TDQError: the weights, or the model, not quantized; no folder.
     """
-    state = checked_state(model)
+    state, folder = checked_state(model), checked_path(folder)
+    check_folder(folder)
     if packed and state.weights is None:
         raise TDQError("packed needs weights on a grid; this model's are in full precision. Quantize them, or pass packed=False.")
     config = {k: v for k, v in model.config.items() if not k.startswith("_")}
@@ -47,7 +48,7 @@ def save_quantized(model: Any, folder: str | Path, packed: bool = False) -> None
             del tensors[f"{name}.weight"]
             tensors.pop(f"{name}.levels", None)
             tensors[f"{name}.packed"] = pack(layer.weight_levels(), settings["weights"])
-    _write(Path(folder), tensors, settings)
+    _write(folder, tensors, settings)
 
 
 def describe(model: Any) -> dict[str, Any]:
@@ -89,7 +90,7 @@ def _named(folder):
 
 def load_quantized(folder: str | Path) -> nn.Module:
     """Read a model that :func:`save_quantized` wrote; on the CPU, in eval mode. DataError: missing, damaged, newer or mixed."""
-    folder = Path(folder)
+    folder = checked_path(folder)
     try:
         settings = json.loads((folder / "quantization.json").read_text())
         if settings["format"] != FORMAT:

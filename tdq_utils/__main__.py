@@ -12,7 +12,7 @@ import torch
 
 import tdq_utils as tdq
 from tdq_utils.denoiser.loading import checked_device
-from tdq_utils.errors import TDQError, check, check_folder
+from tdq_utils.errors import DataError, TDQError, check, check_folder
 
 SHOWN = ("question", "variant", "rule", "steps", "method", "weights_method", "weights", "activations", "repeat", "iterations",
          "step_rate", "generator_rate", "split_skips", "mse", "fcd", "fid", "kid", "seconds")  # fmt: skip
@@ -34,7 +34,7 @@ def demo(args: Namespace) -> None:
 
     from tdq_utils.show.site import write_page
 
-    source = Path(__file__).resolve().parents[1] / "notebooks" / "00_quickstart.ipynb"
+    source = _checkout() / "notebooks" / "00_quickstart.ipynb"
     notebook = nbformat.read(source, as_version=4)
     print(f"Executing {source} (one to two minutes on two CPU cores) ...", flush=True)
     NotebookClient(notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": source.parent}}).execute()
@@ -42,6 +42,12 @@ def demo(args: Namespace) -> None:
     print("\n".join(output.get("text") or output.data["text/plain"] for output in shown))
     write_page(notebook, page := args.out / "quickstart.html")
     print(f"The rendered notebook, which opens without a network: {page.resolve()}")
+
+
+def _checkout() -> Path:
+    if not ((root := Path(__file__).resolve().parents[1]) / "notebooks").is_dir():
+        raise DataError(f"This command needs the notebooks, which lie in the repository; got {root}. Clone it.")
+    return root
 
 
 def exercises(args: Namespace) -> None:
@@ -159,8 +165,7 @@ def site(args: Namespace) -> None:
     """Write lessons, explorer, tables and cards as a folder of pages that open without a network and without a kernel."""
     from tdq_utils.show import site
 
-    root = Path(__file__).resolve().parents[1]
-    print(f"{site.build(root, args.out)} pages; open {(args.out / 'index.html').resolve()}")
+    print(f"{site.build(_checkout(), args.out)} pages; open {(args.out / 'index.html').resolve()}")
 
 
 def bench(args: Namespace) -> None:
@@ -284,8 +289,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _check(args)
         args.run(args)
-    except TDQError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (TDQError, ModuleNotFoundError) as error:
+        more = "" if isinstance(error, TDQError) else ". Commands need the extras: pip install 'tdq-utils[lab,show,notebooks]'."
+        print(f"error: {error}{more}", file=sys.stderr)
         return 2
     return 0
 

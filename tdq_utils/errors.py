@@ -43,7 +43,9 @@ def checked_whole(name: str, value: Any, least: int, most: int | None = None) ->
 def checked_path(path: Any) -> Path:
     """``path`` as a :class:`pathlib.Path`. TDQError: neither text nor a path."""
     if not isinstance(path, (str, os.PathLike)) or "\0" in os.fspath(path):
-        raise TDQError(f"A path must be text or a pathlib.Path, without a zero byte; got {path!r}. Pass the name of a file or folder.")
+        raise TDQError(
+            f"A path must be text or a pathlib.Path, without a zero byte; got {path!r}. Pass the name of a file or folder."
+        )
     return Path(path)
 
 

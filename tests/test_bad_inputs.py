@@ -3,8 +3,6 @@
 One table, ``CASES``: bad values by kind, for every public name and command that takes such a kind.
 """
 
-import gc
-import json
 import math
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -70,7 +68,6 @@ def command(kind, line, values=("",), shown=None):
 X = torch.linspace(-1, 1, 24).reshape(2, 3, 4)
 refused("Grid", "bits", BITS, lambda w, bad: tdq.Grid(bad))
 refused("Grid", "number", (1.0, NAN, "0", -math.inf), lambda w, bad: tdq.Grid(8, bad))
-refused("fake_quantize", "number", (), lambda w, bad: None)
 refused("fake_quantize", "shape", (torch.ones(5),), lambda w, bad: tdq.fake_quantize(X, bad, tdq.Grid(8)), "5")
 refused("fake_quantize", "dtype", (X.int(),), lambda w, bad: tdq.fake_quantize(bad, torch.tensor(1.0), tdq.Grid(8)), "int32")
 refused("mse_step", "shape", (torch.zeros(0), torch.zeros(3, 0)), lambda w, bad: tdq.mse_step(bad, tdq.Grid(8)), "0")
@@ -91,7 +88,9 @@ refused("StepGenerator", "share", (-0.1, 1.1, NAN, "half"), lambda w, bad: tdq.S
 refused("FourierFeatures", "count", (*COUNTS[:7], 3), lambda w, bad: tdq.FourierFeatures(bad))
 
 # -- models and files by name
-refused("load_model", "name", ("nothing", "/no/such/folder", "a/b/c", "no/such\0name", 3, None), lambda w, bad: tdq.load_model(bad))
+refused(
+    "load_model", "name", ("nothing", "/no/such/folder", "a/b/c", "no/such\0name", 3, None), lambda w, bad: tdq.load_model(bad)
+)
 refused("load_model", "device", DEVICES, lambda w, bad: tdq.load_model(w.folder, bad))
 refused("load_model", "name", ("nothing", 3, "UNet2DModel"), lambda w, bad: tdq.load_model(w.folder, "cpu", bad))
 refused("load_model", "dtype", ("float32", torch.int8, 16), lambda w, bad: tdq.load_model(w.folder, "cpu", None, bad))
@@ -110,12 +109,19 @@ refused("Profile", "t", (998, NAN, "999", None), lambda w, bad: w.profile.step(b
 refused("Profile", "percent", (-1, 101, NAN, "half"), lambda w, bad: w.profile.percentile(bad))
 refused("Profile", "bits", BITS, lambda w, bad: w.profile.drift(bad))
 refused("CalibrationSet", "path", ("", "no/such/place", "/dev/null", 3, None), lambda w, bad: tdq.CalibrationSet.load(bad), "set")
-refused("CalibrationSet", "other kind", ("file", "profile", "empty"), lambda w, bad: tdq.CalibrationSet.load(w.others[bad]), "set")
+refused(
+    "CalibrationSet", "other kind", ("file", "profile", "empty"), lambda w, bad: tdq.CalibrationSet.load(w.others[bad]), "set"
+)
 refused("CalibrationSet", "seeds", SEEDS, lambda w, bad: tdq.CalibrationSet.collect(w.unet, w.scheduler, bad, 2))
 refused("CalibrationSet", "steps", STEPS, lambda w, bad: tdq.CalibrationSet.collect(w.unet, w.scheduler, 1, bad))
 refused("CalibrationSet", "t", ([998], [], [NAN], "nothing", 3), lambda w, bad: tdq.CalibrationSet.collect(w.unet, w.scheduler, 1, 2, bad),
         "at must")  # fmt: skip
-refused("CalibrationSet", "count", (0, 3, 1.5, "1"), lambda w, bad: tdq.CalibrationSet.collect(w.unet, w.scheduler, 1, 2, per_seed=bad))
+refused(
+    "CalibrationSet",
+    "count",
+    (0, 3, 1.5, "1"),
+    lambda w, bad: tdq.CalibrationSet.collect(w.unet, w.scheduler, 1, 2, per_seed=bad),
+)
 
 # -- sampling and recording
 refused("noise", "seeds", SEEDS, lambda w, bad: tdq.noise(bad, (1, 8, 8)))
@@ -126,20 +132,37 @@ refused("sample", "seeds", SEEDS, lambda w, bad: tdq.sample(w.unet, w.scheduler,
 refused("sample", "steps", STEPS, lambda w, bad: tdq.sample(w.unet, w.scheduler, 1, bad, progress=False))
 refused("sample", "count", COUNTS[:7], lambda w, bad: tdq.sample(w.unet, w.scheduler, 1, 2, bad, progress=False))
 refused("sample", "shape", SHAPES[1:], lambda w, bad: tdq.sample(w.unet, w.scheduler, 1, 2, progress=False, shape=bad))
-refused("sample", "other thing", ("unet", None, nn.Linear(2, 2)), lambda w, bad: tdq.sample(bad, w.scheduler, 1, 2, progress=False))
+refused(
+    "sample",
+    "other thing",
+    ("unet", None, nn.Linear(2, 2).eval()),
+    lambda w, bad: tdq.sample(bad, w.scheduler, 1, 2, progress=False),
+)
 refused("sample", "other thing", ("ddim", None), lambda w, bad: tdq.sample(w.unet, bad, 1, 2, progress=False))
-refused("sample", "number", ("two", NAN, math.inf), lambda w, bad: tdq.sample(w.unet, w.scheduler, 1, 2, guidance=bad, progress=False))
+refused(
+    "sample", "number", ("two", NAN, math.inf), lambda w, bad: tdq.sample(w.unet, w.scheduler, 1, 2, guidance=bad, progress=False)
+)
 refused("sample", "other thing", ("print", 3), lambda w, bad: tdq.sample(w.unet, w.scheduler, 1, 2, callback=bad, progress=False))
 refused("sample", "shape", (torch.zeros(2, 5, 12),), lambda w, bad: tdq.sample(
     w.text_unet, w.scheduler, range(3), 2, condition={"encoder_hidden_states": bad}, progress=False), "(2, 5, 12)")  # fmt: skip
-refused("sample", "state", ("uncalibrated",), lambda w, bad: tdq.sample(w.uncalibrated, w.scheduler, 1, 2, progress=False), "calibrate")
-refused("profile_activations", "seeds", SEEDS, lambda w, bad: tdq.profile_activations(w.unet, w.scheduler, bad, 2, progress=False))
-refused("profile_activations", "steps", STEPS, lambda w, bad: tdq.profile_activations(w.unet, w.scheduler, 1, bad, progress=False))
+refused(
+    "sample",
+    "state",
+    ("uncalibrated",),
+    lambda w, bad: tdq.sample(w.uncalibrated, w.scheduler, 1, 2, progress=False),
+    "calibrate",
+)
+refused(
+    "profile_activations", "seeds", SEEDS, lambda w, bad: tdq.profile_activations(w.unet, w.scheduler, bad, 2, progress=False)
+)
+refused(
+    "profile_activations", "steps", STEPS, lambda w, bad: tdq.profile_activations(w.unet, w.scheduler, 1, bad, progress=False)
+)
 refused("profile_activations", "name", (["nothing"], [], 3), lambda w, bad: tdq.profile_activations(
     w.unet, w.scheduler, 1, 2, bad, progress=False))  # fmt: skip
 refused("profile_activations", "NaN", ("NaN in the weights",), lambda w, bad: tdq.profile_activations(
     w.broken, w.scheduler, 1, 2, progress=False), "finite")  # fmt: skip
-refused("record", "other thing", ("unet", None, nn.Linear(2, 2)), lambda w, bad: tdq.record(bad).__enter__())
+refused("record", "other thing", ("unet", None, nn.Linear(2, 2).eval()), lambda w, bad: tdq.record(bad).__enter__())
 refused("record", "count", (-1, 1.5, NAN, "4", [3]), lambda w, bad: tdq.record(w.unet, bad).__enter__())
 
 
@@ -147,11 +170,13 @@ refused("record", "count", (-1, 1.5, NAN, "4", [3]), lambda w, bad: tdq.record(w
 refused("quantize", "bits", BITS, lambda w, bad: tdq.quantize(w.unet, bad))
 refused("quantize", "bits", BITS, lambda w, bad: tdq.quantize(w.unet, 8, bad))
 refused("quantize", "name", NAMES, lambda w, bad: tdq.quantize(w.unet, method=bad))
-refused("quantize", "name", ("nothing.*", ["conv_in", "nothing"], [3], 3), lambda w, bad: tdq.quantize(w.unet, keep=bad), "keep must")
+refused(
+    "quantize", "name", ("nothing.*", ["conv_in", "nothing"], [3], 3), lambda w, bad: tdq.quantize(w.unet, keep=bad), "keep must"
+)
 refused("quantize", "name", ("*",), lambda w, bad: tdq.quantize(w.unet, keep=bad), "all are kept")
 refused("quantize", "name", NAMES, lambda w, bad: tdq.quantize(w.unet, weights_per=bad))
 refused("quantize", "name", ("nothing", 3, ["mse"]), lambda w, bad: tdq.quantize(w.unet, balance=bad))
-refused("quantize", "other thing", ("unet", None, nn.Linear(2, 2)), lambda w, bad: tdq.quantize(bad))
+refused("quantize", "other thing", ("unet", None, nn.Linear(2, 2).eval()), lambda w, bad: tdq.quantize(bad))
 refused("quantize", "state", ("quantized already",), lambda w, bad: tdq.quantize(w.tdq), "quantized already")
 refused("quantize", "NaN", ("NaN in the weights",), lambda w, bad: tdq.quantize(w.broken), "NaN")
 for name in ("restore", "activation_quantizers", "quantized_layers", "freeze", "calibrate", "to_integer"):
@@ -174,8 +199,15 @@ refused("calibrate", "name", NAMES, lambda w, bad: calibrated(w, reconstruct=bad
 refused("calibrate", "name", ("nothing", 3, ["adaround"]), lambda w, bad: calibrated(w, weights_method=bad, data=w.set))
 refused("calibrate", "count", COUNTS[:7], lambda w, bad: calibrated(w, iterations=bad, profile=w.profile))
 refused("calibrate", "number", (0, *FACTORS), lambda w, bad: calibrated(w, rate=bad, profile=w.profile))
-refused("calibrate", "share", (-1, 1.5, NAN, "half"), lambda w, bad: calibrated(w, method="momentum", momentum=bad, profile=w.profile))
-refused("calibrate", "percent", (0, 101, NAN, "all"), lambda w, bad: calibrated(w, method="percentile", percentile=bad, profile=w.profile))
+refused(
+    "calibrate", "share", (-1, 1.5, NAN, "half"), lambda w, bad: calibrated(w, method="momentum", momentum=bad, profile=w.profile)
+)
+refused(
+    "calibrate",
+    "percent",
+    (0, 101, NAN, "all"),
+    lambda w, bad: calibrated(w, method="percentile", percentile=bad, profile=w.profile),
+)
 refused("calibrate", "name", ("start", "mse "), lambda w, bad: calibrated(w, start=bad, profile=w.profile))
 refused("calibrate", "option", ("momentum", "nothing"), lambda w, bad: calibrated(w, profile=w.profile, **{bad: 1}))
 refused("calibrate", "count", COUNTS[:7], lambda w, bad: calibrated(w, depth=bad, profile=w.profile))
@@ -200,7 +232,13 @@ refused("sampled_inputs", "name", (["nothing"], "conv_in", 3), lambda w, bad: td
 refused("sampled_inputs", "count", COUNTS[:7], lambda w, bad: tdq.sampled_inputs(w.unet, w.set, ["conv_in"], bad))
 refused("sampled_inputs", "count", COUNTS[:7], lambda w, bad: tdq.sampled_inputs(w.unet, w.set, ["conv_in"], vectors=bad))
 refused("sampled_inputs", "other thing", ("set.npz", None, 3), lambda w, bad: tdq.sampled_inputs(w.unet, bad, ["conv_in"]))
-refused("sampled_inputs", "other model's", ("set",), lambda w, bad: tdq.sampled_inputs(w.unet, w.foreign_set, ["conv_in"]), "this model is")
+refused(
+    "sampled_inputs",
+    "other model's",
+    ("set",),
+    lambda w, bad: tdq.sampled_inputs(w.unet, w.foreign_set, ["conv_in"]),
+    "this model is",
+)
 
 tuned = lambda w, images=None, **how: tdq.finetune(  # noqa: E731
     w.unet, w.scheduler, torch.zeros(4, 1, 8, 8) if images is None else images, progress=False, seeds=1, steps=2, **{"out": "run", **how})  # fmt: skip
@@ -212,10 +250,18 @@ for option in ("iterations", "batch", "warmup"):
 for option in ("rate", "step_rate", "clip", "distill", "ema_decay"):
     refused("finetune", "number", FACTORS, lambda w, bad, option=option: tuned(w, **{option: bad}))
 refused("finetune", "seeds", (-1, 1.5, NAN, "seven", None), lambda w, bad: tuned(w, seed=bad))
-refused("finetune", "shape", (torch.zeros(4, 3, 8, 8), torch.zeros(4, 8), torch.zeros(0, 1, 8, 8)), lambda w, bad: tuned(w, bad), "")
+refused(
+    "finetune", "shape", (torch.zeros(4, 3, 8, 8), torch.zeros(4, 8), torch.zeros(0, 1, 8, 8)), lambda w, bad: tuned(w, bad), ""
+)
 refused("finetune", "NaN", (torch.full((4, 1, 8, 8), NAN),), lambda w, bad: tuned(w, bad), "finite")
 refused("finetune", "other thing", ("images", 3, np.zeros((4, 1, 8, 8))), lambda w, bad: tuned(w, bad))
-refused("finetune", "state", ("quantized",), lambda w, bad: tdq.finetune(w.tdq, w.scheduler, torch.zeros(4, 1, 8, 8), out="run"), "quantized")
+refused(
+    "finetune",
+    "state",
+    ("quantized",),
+    lambda w, bad: tdq.finetune(w.tdq, w.scheduler, torch.zeros(4, 1, 8, 8), out="run"),
+    "quantized",
+)
 refused("finetune", "name", ("nothing", 3), lambda w, bad: tuned(w, balance=bad))
 refused("finetune", "path", ("/dev/null", 3), lambda w, bad: tuned(w, out=bad))
 
@@ -228,21 +274,33 @@ compared = lambda w, setting: tdq.compare(w.larger, w.scheduler, [setting], rang
 refused("compare", "bits", BITS, lambda w, bad: compared(w, ("mse", 8, bad)))
 refused("compare", "name", NAMES[:4], lambda w, bad: compared(w, (bad, 8, 8)))
 refused("compare", "seeds", SEEDS, lambda w, bad: tdq.compare(w.larger, w.scheduler, [("mse", 8, 8)], bad, 2, progress=False))
-refused("compare", "steps", STEPS, lambda w, bad: tdq.compare(w.larger, w.scheduler, [("mse", 8, 8)], range(65), bad, progress=False))
+refused(
+    "compare", "steps", STEPS, lambda w, bad: tdq.compare(w.larger, w.scheduler, [("mse", 8, 8)], range(65), bad, progress=False)
+)
 refused("layer_sensitivity", "bits", BITS, lambda w, bad: tdq.layer_sensitivity(w.recorded, activations=bad, progress=False))
 refused("layer_sensitivity", "name", NAMES, lambda w, bad: tdq.layer_sensitivity(w.recorded, method=bad, progress=False))
 refused("layer_sensitivity", "other thing", ("recorded", None, 3), lambda w, bad: tdq.layer_sensitivity(bad, progress=False))
-refused("layer_sensitivity", "state", ("no inputs",), lambda w, bad: tdq.layer_sensitivity(replace(w.recorded, inputs=None)), "none")
+refused(
+    "layer_sensitivity", "state", ("no inputs",), lambda w, bad: tdq.layer_sensitivity(replace(w.recorded, inputs=None)), "none"
+)
 refused("report", "bits", BITS, lambda w, bad: tdq.report(w.recorded, "out", activations=bad, progress=False))
 refused("report", "bits", ([9], ["8"], 8), lambda w, bad: tdq.report(w.recorded, "out", bits=bad, progress=False), "bits")
 refused("report", "other thing", ("recorded", None, 3), lambda w, bad: tdq.report(bad, "out"))
 refused("report", "path", ("/dev/null", "/dev/null/below", 3), lambda w, bad: tdq.report(w.recorded, bad, progress=False))
-refused("report", "seeds", SEEDS[:6], lambda w, bad: tdq.report(w.recorded, "out", w.scheduler, seeds=bad, steps=2, progress=False))
+refused(
+    "report", "seeds", SEEDS[:6], lambda w, bad: tdq.report(w.recorded, "out", w.scheduler, seeds=bad, steps=2, progress=False)
+)
 refused("report", "steps", STEPS, lambda w, bad: tdq.report(w.recorded, "out", w.scheduler, seeds=1, steps=bad, progress=False))
 refused("fid", "name", NAMES[:4], lambda w, bad: tdq.fid.Distances(bad))
 refused("fid", "path", ("no/such/place", "/dev/null", 3), lambda w, bad: tdq.fid.load_classifier(bad))
 refused("fid", "path", ("no/such/place", "/dev/null", 3), lambda w, bad: tdq.fid.Statistics.load(bad), "")
-refused("onnx", "state", ("full precision",), lambda w, bad: tdq.onnx.export_onnx(w.unet, w.scheduler, 4, "out.onnx"), "full-precision")
+refused(
+    "onnx",
+    "state",
+    ("full precision",),
+    lambda w, bad: tdq.onnx.export_onnx(w.unet, w.scheduler, 4, "out.onnx"),
+    "full-precision",
+)
 refused("onnx", "steps", STEPS, lambda w, bad: tdq.onnx.export_onnx(w.tdq, w.scheduler, bad, "out.onnx"))
 refused("onnx", "path", ("no/such/file", "/dev/null"), lambda w, bad: tdq.onnx.OnnxModel(bad))
 

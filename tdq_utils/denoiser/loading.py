@@ -15,6 +15,7 @@ from tdq_utils.errors import DataError, TDQError, checked_path
 
 DATA = Path(os.environ.get("TDQ_DATA", Path(__file__).resolve().parents[2] / "data"))  # wheels have none: TDQ_DATA points to it
 CATALOGUE = {"fashion-mnist": DATA / "models" / "fashion-mnist"}
+AWAY = "A wheel holds no models and data: clone the repository, or set TDQ_DATA to the folder data of a clone."
 MODEL_PLACES, SCHEDULER_PLACES = ("unet", "transformer", None), ("scheduler", None)  # None: the top, as in google/ddpm-cifar10-32
 
 NOISE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
@@ -39,7 +40,9 @@ def load_model(name: str | Path = "fashion-mnist", device: str | torch.device | 
     source, device = CATALOGUE.get(str(name), checked_path(name)), checked_device(device)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TDQError(f"dtype must be a floating-point dtype of torch, such as torch.bfloat16, or None; got {dtype!r}.")
-    if not source.is_dir() and (str(name) in CATALOGUE or len(Path(name).parts) != 2 or Path(name).is_absolute()):
+    if str(name) in CATALOGUE and not source.is_dir():
+        raise DataError(f"The model {str(name)!r} ships with the repository; {source} is no folder. {AWAY}")
+    if not source.is_dir() and (len(Path(name).parts) != 2 or Path(name).is_absolute()):
         raise DataError(f"load_model takes one of {', '.join(CATALOGUE)}, an existing folder in diffusers' layout, or a hub id "
                         f"'owner/name'; got {str(name)!r}, and {source} is no folder.")  # fmt: skip
     if (source / "transformer_2").is_dir():

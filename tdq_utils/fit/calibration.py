@@ -32,7 +32,9 @@ from tdq_utils.method.generator import StepGenerator, unit_of
 from tdq_utils.method.grid import mse_step, squared_error
 from tdq_utils.method.step_sizes import LearnedStep, StaticStep, StepSize, TableStep
 
-OPTIONS = dict(iterations="count", rate="positive", momentum="share", follow="share", percentile="percent", depth="count", hidden="count")
+OPTIONS = dict(
+    iterations="count", rate="positive", momentum="share", follow="share", percentile="percent", depth="count", hidden="count"
+)
 OPTIONS |= dict(dropout="share")
 
 
@@ -119,7 +121,9 @@ def _source(model, scheduler, making, data, profile, samples, chooses, progress)
     if unused:
         raise TDQError(f"calibrate takes one input: data (or what makes it), or a profile. Leave out {', '.join(unused)}.")
     if profile is not None and not isinstance(profile, Profile):
-        raise TDQError(f"profile must be a Profile, as record or profile_activations makes it; got {profile!r}. Profile.load(file)?")
+        raise TDQError(
+            f"profile must be a Profile, as record or profile_activations makes it; got {profile!r}. Profile.load(file)?"
+        )
     if data is not None:
         check_data(model, data)
     if profile is not None:

@@ -17,7 +17,15 @@ from tdq_utils.errors import TDQError, check, checked_path, checked_whole
 from tdq_utils.fit.calibration import calibrate
 from tdq_utils.fit.calibration_set import check_eval, check_made_by
 from tdq_utils.fit.loop import Trainer, denoising_loss, objective, recorded_loss, state_path
-from tdq_utils.fit.quantize import activation_quantizers, check_plain, checked_grid, checked_state, quantize, quantized_layers, restore
+from tdq_utils.fit.quantize import (
+    activation_quantizers,
+    check_plain,
+    checked_grid,
+    checked_state,
+    quantize,
+    quantized_layers,
+    restore,
+)
 from tdq_utils.method.generator import StepGenerator
 from tdq_utils.method.rules import PACT_DECAY, RULES, pact
 
@@ -87,7 +95,9 @@ def _checked(given, out):
     if given["method"] not in tuple(FINETUNED):
         raise TDQError(f"method must be one of {', '.join(FINETUNED)}; got {given['method']!r}.")
     check_plain(given["model"], "finetune")
-    checked_grid(given["weights"], given["activations"], "tdq", "channel", given["balance"] if given["balance"] is not True else None)
+    checked_grid(
+        given["weights"], given["activations"], "tdq", "channel", given["balance"] if given["balance"] is not True else None
+    )
     if given["activations"] is None:
         raise TDQError("finetune trains step sizes of activations; got activations=None. Pass bits, 2 to 8.")
     _check_images(given["model"], given["images"])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tdq_utils.denoiser.files import beside
-from tdq_utils.denoiser.loading import DATA
+from tdq_utils.denoiser.loading import AWAY, DATA
 from tdq_utils.errors import DataError, checked_path
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
@@ -153,7 +153,7 @@ def _read(stem: str, root: str | Path | None, download: bool, sha256: str, offse
     if path is None:
         where = ", ".join(map(str, folders))
         raise DataError(f"Fashion-MNIST file {stem}[.gz] was not found in {where}. Pass root= with a folder that holds it, "
-                        "install Debian's package dataset-fashion-mnist, or pass download=True.")  # fmt: skip
+                        f"install Debian's package dataset-fashion-mnist, or pass download=True. {AWAY}")  # fmt: skip
     try:
         raw = UNPACK[path.suffix](path.read_bytes())
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:

@@ -17,7 +17,7 @@ from torchmetrics.image.fid import NoTrainInceptionV3
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from tdq_utils.denoiser.loading import DATA
+from tdq_utils.denoiser.loading import AWAY, DATA
 from tdq_utils.errors import DataError, TDQError, checked_path
 from tdq_utils.lab.datasets import to_uint8
 from tdq_utils.lab.protocol import Reference
@@ -60,7 +60,7 @@ def load_classifier(folder: str | Path = CLASSIFIER) -> FeatureClassifier:
     try:
         classifier.load_state_dict(load_file(path))
     except Exception as error:
-        raise DataError(f"{path} must hold the classifier; run python -m tdq_utils train-classifier. ({error})") from error
+        raise DataError(f"{path} must hold the classifier; run python -m tdq_utils train-classifier ({error}). {AWAY}") from error
     return classifier.eval().requires_grad_(False)
 
 
@@ -134,7 +134,7 @@ class Statistics:
             with np.load(path) as data:
                 return cls(data["mu"], data["sigma"], data["n"])
         except Exception as error:  # whatever another kind of file makes of the reader
-            raise DataError(f"{path} must be an npz of mu, sigma and n; run python -m tdq_utils train-classifier.") from error
+            raise DataError(f"{path} must hold mu, sigma and n; run python -m tdq_utils train-classifier. {AWAY}") from error
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:

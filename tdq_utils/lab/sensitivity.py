@@ -16,7 +16,16 @@ from tdq_utils.denoiser.record import Calls, Recorded, record
 from tdq_utils.denoiser.sampling import Condition, sample
 from tdq_utils.errors import TDQError
 from tdq_utils.fit.calibration import calibrate
-from tdq_utils.fit.quantize import check_plain, checked_grid, checked_state, keep_too, quantize, quantized_layers, restore, round_weights
+from tdq_utils.fit.quantize import (
+    check_plain,
+    checked_grid,
+    checked_state,
+    keep_too,
+    quantize,
+    quantized_layers,
+    restore,
+    round_weights,
+)
 
 SWITCHED = ("activation", "weight_grid", "rounded")  # without these, a quantized layer computes as it did before
 MEASURED = "measured: gets one vector a sample, so t or pooled conditions"

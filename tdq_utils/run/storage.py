@@ -29,7 +29,9 @@ def save_quantized(model: Any, folder: str | Path, packed: bool = False) -> None
 
     ``folder`` gets ``quantization.json`` and ``model-....safetensors``; one that it holds already stays whole until they are.
     ``packed``: keep of the quantized weights only their levels: one byte each, or two in a byte from 4 bits down. The model that
-    comes back gives the same outputs; the weights before rounding are gone. TDQError: the weights, or the model, not quantized; no folder.
+    comes back gives the same outputs; the weights before rounding are gone.
+
+    TDQError: the weights, or the model, not quantized; a place that is no folder.
     """
     state, folder = checked_state(model), checked_path(folder)
     check_folder(folder)

@@ -114,7 +114,8 @@ refused(
 )
 refused("CalibrationSet", "seeds", SEEDS, lambda w, bad: tdq.CalibrationSet.collect(w.unet, w.scheduler, bad, 2))
 refused("CalibrationSet", "steps", STEPS, lambda w, bad: tdq.CalibrationSet.collect(w.unet, w.scheduler, 1, bad))
-refused("CalibrationSet", "t", ([998], [], [NAN], "nothing", 3), lambda w, bad: tdq.CalibrationSet.collect(w.unet, w.scheduler, 1, 2, bad),
+collected = lambda w, *asked, **how: tdq.CalibrationSet.collect(w.unet, w.scheduler, *asked, **how)  # noqa: E731
+refused("CalibrationSet", "t", ([998], [], [NAN], "nothing", 3), lambda w, bad: collected(w, 1, 2, bad),
         "at must")  # fmt: skip
 refused(
     "CalibrationSet",
@@ -240,8 +241,10 @@ refused(
     "this model is",
 )
 
-tuned = lambda w, images=None, **how: tdq.finetune(  # noqa: E731
-    w.unet, w.scheduler, torch.zeros(4, 1, 8, 8) if images is None else images, progress=False, seeds=1, steps=2, **{"out": "run", **how})  # fmt: skip
+BLACK = torch.zeros(4, 1, 8, 8)
+tuned = lambda w, images=BLACK, **how: tdq.finetune(  # noqa: E731
+    w.unet, w.scheduler, images, seeds=1, steps=2, **{"out": "run", "progress": False, **how}
+)
 refused("finetune", "name", NAMES, lambda w, bad: tuned(w, method=bad))
 refused("finetune", "bits", BITS, lambda w, bad: tuned(w, weights=bad))
 refused("finetune", "bits", (*BITS, None), lambda w, bad: tuned(w, activations=bad))
@@ -402,29 +405,40 @@ def world(tmp_path_factory):
     tdq.save_quantized(made["tdq"], others["quantized"])
     profile.save(others["profile"])
     sets[0].save(others["set"])
-    return SimpleNamespace(unet=unet, text_unet=text, broken=broken, scheduler=scheduler, profile=profile, foreign_profile=foreign,
-                           set=sets[0], larger=larger, foreign_set=sets[1], recorded=recorded, folder=place / "model", others=others, **made)  # fmt: skip
+    models = dict(unet=unet, text_unet=text, broken=broken, larger=larger, **made)
+    seen = dict(profile=profile, foreign_profile=foreign, set=sets[0], foreign_set=sets[1], recorded=recorded)
+    return SimpleNamespace(**models, **seen, scheduler=scheduler, folder=place / "model", others=others)
 
 
 def state_of(world):
     """All that a case could change of the models: values, classes, flags, hooks, what quantizes them."""
     found = {}
     for name, model in vars(world).items():
-        for place, module in model.named_modules() if isinstance(model, nn.Module) else ():
-            hooks = len(module._forward_hooks), len(module._forward_pre_hooks), len(module._state_dict_hooks)
-            found[name, place] = id(module), type(module), module.training, hooks, repr(getattr(module, "quantization", None))
-        for place, value in model.state_dict().items() if isinstance(model, nn.Module) else ():
-            found[name, place, "value"] = float(value.double().nan_to_num(7).sum()), value.dtype, value._version
-        for place, value in model.named_parameters() if isinstance(model, nn.Module) else ():
-            found[name, place, "parameter"] = id(value), value.requires_grad, value.grad is None
+        if isinstance(model, nn.Module):
+            found[name] = (
+                repr(getattr(model, "quantization", None)),
+                [
+                    (id(m), type(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks), len(m._state_dict_hooks))
+                    for m in model.modules()
+                ],
+            )
+            values = list(model.state_dict().values())
+            found[name, "values"] = float(torch.cat([v.flatten().double() for v in values]).nan_to_num(7).sum())
+            found[name, "kinds"] = [v.dtype for v in values]
+            found[name, "flags"] = [(id(p), p.requires_grad, p.grad is None) for p in model.parameters()]
     return found
+
+
+@pytest.fixture(scope="session")
+def untouched(world):
+    """The state that every case must leave."""
+    return state_of(world)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.filterwarnings("ignore")
-def test_what_is_wrong_is_refused_and_leaves_nothing(case, world, tmp_path, monkeypatch, capsys):
+def test_what_is_wrong_is_refused_and_leaves_nothing(case, world, untouched, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    before = state_of(world)
     if case.name.startswith("command "):
         line = case.act.replace("{folder}", str(world.folder)).split()
         try:
@@ -439,7 +453,7 @@ def test_what_is_wrong_is_refused_and_leaves_nothing(case, world, tmp_path, monk
         message = str(caught.value)
     assert any(said in message for said in case.shown), message
     assert len(message.split()) > 7, message
-    assert state_of(world) == before
+    assert state_of(world) == untouched
     assert sorted(tmp_path.rglob("*")) == []
 
 

@@ -12,7 +12,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = ("pandas", "matplotlib", "seaborn", "torchmetrics", "ipywidgets", "nbformat", "nbconvert", "onnx", "onnxruntime", "scipy")
+EXTRAS = (
+    "pandas",
+    "matplotlib",
+    "seaborn",
+    "torchmetrics",
+    "ipywidgets",
+    "nbformat",
+    "nbconvert",
+    "onnx",
+    "onnxruntime",
+    "scipy",
+)
 needs_builder = pytest.mark.skipif(find_spec("setuptools") is None, reason="pip builds wheels with setuptools")
 pytestmark = [needs_builder, pytest.mark.xdist_group("wheel")]
 
@@ -61,7 +72,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
 def test_the_wheel_asks_for_the_core_alone(wheel):
     with zipfile.ZipFile(wheel) as opened:
         (name,) = [name for name in opened.namelist() if name.endswith("METADATA")]
-        wanted = [line for line in opened.read(name).decode().splitlines() if line.startswith("Requires-Dist: ") and "extra" not in line]
+        wanted = [
+            line for line in opened.read(name).decode().splitlines() if line.startswith("Requires-Dist: ") and "extra" not in line
+        ]
     names = {re.match(r"Requires-Dist: ([\w-]+)", line)[1] for line in wanted}
     assert names == {"torch", "diffusers", "accelerate", "safetensors", "numpy", "tqdm"}
 

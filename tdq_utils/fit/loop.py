@@ -15,7 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from tdq_utils.denoiser.call import device_of, predict, tell
-from tdq_utils.denoiser.files import beside
+from tdq_utils.denoiser.files import beside, read_json
 from tdq_utils.denoiser.loading import matches_flow
 from tdq_utils.denoiser.record import Calls
 from tdq_utils.denoiser.sampling import Condition, rows_of
@@ -210,7 +210,7 @@ def state_path(out: str | Path, settings: dict[str, Any]) -> Path:
         with beside(kept) as part:
             part.write_text(json.dumps(settings, indent=1) + "\n")
         return state
-    other = json.loads(kept.read_text()) if kept.exists() else {}
+    other = read_json(kept) if kept.exists() else {}
     for name in {**settings, **other}:
         there, here = (repr(found[name]) if name in found else "its default" for found in (other, settings))
         if there != here:

@@ -108,7 +108,10 @@ def _read_cifar(split: str, root: str | Path | None, download: bool) -> tuple[np
             raise DataError(f"{path} is corrupted: its md5 must be {CIFAR_MD5}, got {digest}; delete it, fetch it again.")
     try:
         with tarfile.open(path) as archive:
-            files = [archive.extractfile(f"cifar-10-batches-bin/{stem}.bin").read() for stem in CIFAR_FILES[split]]
+            members = [archive.getmember(f"cifar-10-batches-bin/{stem}.bin") for stem in CIFAR_FILES[split]]
+            if odd := [m.name for m in members if not m.isfile() or m.size > 10_000 * (1 + 3 * 32 * 32)]:
+                raise ValueError(f"{odd[0]} is no file, or larger than 10,000 images")
+            files = [archive.extractfile(member).read() for member in members]
         rows = np.frombuffer(b"".join(files), np.uint8).reshape(-1, 1 + 3 * 32 * 32)  # a label, then the planes
         if rows[:, 0].max() > 9:
             raise ValueError(f"a label must be from 0 to 9; got {rows[:, 0].max()}")
@@ -131,7 +134,7 @@ def _read_pictures(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
         try:
             with Image.open(path) as picture:
                 mode, pixels = picture.mode, np.asarray(picture)
-        except OSError as error:
+        except Exception as error:  # also of kinds of its own: a picture that claims to be enormous
             raise DataError(f"{path} cannot be read as a picture ({error}); delete it, or write it again.") from error
         if mode not in ("L", "RGB"):
             raise DataError(f"Pictures must be grey (L) or RGB; {path} is {mode}. Convert it: picture.convert('RGB').")

@@ -24,7 +24,7 @@ class FourierFeatures(nn.Module):
 
     def __init__(self, width: int = 128):
         super().__init__()
-        if checked_whole("width", width, 2) % 2:
+        if checked_whole("width", width, 2, 2**16) % 2:
             raise TDQError(f"width must be even and at least 2; got {width}.")
         half = width // 2
         self.register_buffer("w", torch.exp(-math.log(10_000) * torch.arange(half) / half), persistent=False)
@@ -79,7 +79,7 @@ class StepGenerator(StepSize):
         super().__init__()
         self.origin, self.unit = origin, unit
         check("positive", s_0=s_0.item() if isinstance(s_0, torch.Tensor) else s_0)
-        depth, hidden = checked_whole("depth", depth, 1), checked_whole("hidden", hidden, 1, 2**16)
+        depth, hidden = checked_whole("depth", depth, 1, 2**8), checked_whole("hidden", hidden, 1, 2**12)
         check("share", dropout=dropout)
         self.features = features or FourierFeatures()
         width = self.features(torch.zeros(1)).shape[1]

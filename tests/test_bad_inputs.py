@@ -15,7 +15,6 @@ from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
 from torch import nn
 
 import tdq_utils as tdq
-from conftest import build
 from tdq_utils.__main__ import main
 from tdq_utils.errors import TDQError
 
@@ -379,11 +378,11 @@ WITHOUT = {
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory):
+def world(tmp_path_factory, tiny):
     """What the cases act on: no case may change any of it, so all share it."""
     place = tmp_path_factory.mktemp("world")
     scheduler, how = DDIMScheduler(timestep_spacing="trailing"), dict(progress=False)
-    unet, other, text, broken = build(UNet2DModel), build(UNet2DModel), build(UNet2DConditionModel), build(UNet2DModel)
+    unet, other, text, broken = tiny(UNet2DModel), tiny(UNet2DModel), tiny(UNet2DConditionModel), tiny(UNet2DModel)
     with torch.no_grad():
         other.conv_out.bias += 1
         broken.mid_block.resnets[0].conv1.weight.fill_(NAN)
@@ -391,7 +390,7 @@ def world(tmp_path_factory):
     sets = [tdq.CalibrationSet.collect(model, scheduler, range(2), 2, **how) for model in (unet, other)]
     with tdq.record(unet, 2) as recorded:
         tdq.sample(unet, scheduler, 1, 2, **how)
-    made = {method: build(UNet2DModel) for method in ("tdq", "table", "uncalibrated")}
+    made = {method: tiny(UNet2DModel) for method in ("tdq", "table", "uncalibrated")}
     for method, model in made.items():
         tdq.quantize(model, 8, 6, "tdq" if method == "uncalibrated" else method)
     tdq.calibrate(made["tdq"], profile=profile, iterations=2, **how)

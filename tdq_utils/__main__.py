@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 import tdq_utils as tdq
-from tdq_utils.denoiser.loading import checked_device
 from tdq_utils.errors import DataError, TDQError, check, check_folder
 
 SHOWN = ("question", "variant", "rule", "steps", "method", "weights_method", "weights", "activations", "repeat", "iterations",
@@ -278,8 +277,6 @@ def _check(args: Namespace) -> None:
         for bits in given[name] if isinstance(given[name], list) else [given[name]]:
             tdq.Grid(bits)
     check("amount", **{f"--{name.replace('_', '-')}": given[name] for name in ("seed", "first_seed") if name in given})
-    if "device" in given:
-        checked_device(args.device)
     check_folder(args.out.parent if args.out.suffix else args.out)
 
 

@@ -246,7 +246,7 @@ tuned = lambda w, images=BLACK, **how: tdq.finetune(  # noqa: E731
 )
 refused("finetune", "name", NAMES, lambda w, bad: tuned(w, method=bad))
 refused("finetune", "bits", BITS, lambda w, bad: tuned(w, weights=bad))
-refused("finetune", "bits", (*BITS, None), lambda w, bad: tuned(w, activations=bad))
+refused("finetune", "bits", BITS, lambda w, bad: tuned(w, activations=bad))
 for option in ("iterations", "batch", "warmup"):
     refused("finetune", "count", COUNTS[:7], lambda w, bad, option=option: tuned(w, **{option: bad}))
 for option in ("rate", "step_rate", "clip", "distill", "ema_decay"):

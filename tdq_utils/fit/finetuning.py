@@ -98,8 +98,6 @@ def _checked(given, out):
     checked_grid(
         given["weights"], given["activations"], "tdq", "channel", given["balance"] if given["balance"] is not True else None
     )
-    if given["activations"] is None:
-        raise TDQError("finetune trains step sizes of activations; got activations=None. Pass bits, 2 to 8.")
     _check_images(given["model"], given["images"])
     checked_whole("seed", given["seed"], 0)
     for name, kind in SETTINGS.items():

@@ -46,7 +46,11 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'tdq_utils' has no attribute {name!r}")
     wing, *home = _HOMES[name]
-    module = importlib.import_module(".".join(["tdq_utils", wing, *(home or [name])]))
+    try:
+        module = importlib.import_module(".".join(["tdq_utils", wing, *(home or [name])]))
+    except ModuleNotFoundError as error:  # an extra is not installed
+        raise TDQError(f"tdq_utils.{name} needs the package {error.name}, which is not installed. Run pip install "
+                       f"'tdq-utils[{'onnx' if name == 'onnx' else wing}]'.") from error  # fmt: skip
     return getattr(module, name) if home else module
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import tdq_utils as tdq
-from tdq_utils.errors import TDQError
+from tdq_utils.errors import DataError, TDQError, check, check_folder
 
 SHOWN = ("question", "variant", "rule", "steps", "method", "weights_method", "weights", "activations", "repeat", "iterations",
          "step_rate", "generator_rate", "split_skips", "mse", "fcd", "fid", "kid", "seconds")  # fmt: skip
@@ -33,7 +33,7 @@ def demo(args: Namespace) -> None:
 
     from tdq_utils.show.site import write_page
 
-    source = Path(__file__).resolve().parents[1] / "notebooks" / "00_quickstart.ipynb"
+    source = _checkout() / "notebooks" / "00_quickstart.ipynb"
     notebook = nbformat.read(source, as_version=4)
     print(f"Executing {source} (one to two minutes on two CPU cores) ...", flush=True)
     NotebookClient(notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": source.parent}}).execute()
@@ -41,6 +41,12 @@ def demo(args: Namespace) -> None:
     print("\n".join(output.get("text") or output.data["text/plain"] for output in shown))
     write_page(notebook, page := args.out / "quickstart.html")
     print(f"The rendered notebook, which opens without a network: {page.resolve()}")
+
+
+def _checkout() -> Path:
+    if not ((root := Path(__file__).resolve().parents[1]) / "notebooks").is_dir():
+        raise DataError(f"This command needs the notebooks, which lie in the repository; got {root}. Clone it.")
+    return root
 
 
 def exercises(args: Namespace) -> None:
@@ -92,8 +98,6 @@ def reproduce(args: Namespace) -> None:
     for option, tables in BELONGS.items():
         if getattr(args, option) not in (None, False) and args.table not in tables.split(", "):
             raise TDQError(f"--{option} belongs to {tables}; got {args.table}, which fixes its own. Leave it out.")
-    if args.iterations is not None and args.iterations < 1:
-        raise TDQError(f"--iterations must be 1 or more; got {args.iterations}.")
     args.weights, args.activations = args.weights or 8, args.activations or [5, 6]
     steps, iterations = args.steps or (10 if args.quick else 20), args.iterations or (30 if args.quick else 600)
     jobs_of: dict[str, Callable[[], Sequence[Any]]] = {
@@ -160,8 +164,7 @@ def site(args: Namespace) -> None:
     """Write lessons, explorer, tables and cards as a folder of pages that open without a network and without a kernel."""
     from tdq_utils.show import site
 
-    root = Path(__file__).resolve().parents[1]
-    print(f"{site.build(root, args.out)} pages; open {(args.out / 'index.html').resolve()}")
+    print(f"{site.build(_checkout(), args.out)} pages; open {(args.out / 'index.html').resolve()}")
 
 
 def bench(args: Namespace) -> None:
@@ -263,13 +266,29 @@ def _reproduce_options(sub: ArgumentParser) -> None:
     few.add_argument("--picture", type=Path, help="also draw drift and rescue, at the fewest bits")
 
 
+COUNTS = ("images", "steps", "iterations", "epochs", "batch", "batch_size", "repeats", "classes")
+
+
+def _check(args: Namespace) -> None:
+    """Refuse numbers and places of any command, before it loads anything. TDQError: one is out of range, or no place."""
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    check("count", **{f"--{name.replace('_', '-')}": given[name] for name in COUNTS if name in given})
+    for name in {"weights", "activations"} & given.keys():
+        for bits in given[name] if isinstance(given[name], list) else [given[name]]:
+            tdq.Grid(bits)
+    check("amount", **{f"--{name.replace('_', '-')}": given[name] for name in ("seed", "first_seed") if name in given})
+    check_folder(args.out.parent if args.out.suffix else args.out)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; bad input ends with its message and status 2."""
     args = parser().parse_args(argv)
     try:
+        _check(args)
         args.run(args)
-    except TDQError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (TDQError, ModuleNotFoundError) as error:
+        more = "" if isinstance(error, TDQError) else ". Commands need the extras: pip install 'tdq-utils[lab,show,notebooks]'."
+        print(f"error: {error}{more}", file=sys.stderr)
         return 2
     return 0
 

@@ -1,7 +1,9 @@
 """The kit's own exceptions, each with the rule, the value received and the fix; and the rules for plain numbers."""
 
 import math
+import os
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 
@@ -36,3 +38,19 @@ def checked_whole(name: str, value: Any, least: int, most: int | None = None) ->
     if type(value) is not int or not least <= value <= (most or 2**63 - 1):
         raise TDQError(f"{name} must be a whole number from {least} {f'to {most}' if most else 'up'}; got {value!r}.")
     return value
+
+
+def checked_path(path: Any) -> Path:
+    """``path`` as a :class:`pathlib.Path`. TDQError: neither text nor a path."""
+    if not isinstance(path, (str, os.PathLike)) or "\0" in os.fspath(path):
+        raise TDQError(
+            f"A path must be text or a pathlib.Path, without a zero byte; got {path!r}. Pass the name of a file or folder."
+        )
+    return Path(path)
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a folder that cannot be made, before any work. TDQError: it, or what should hold it, is no folder to write to."""
+    there = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise TDQError(f"Results need a folder that can be written to; got {path}, and {there} is none. Choose another place.")

@@ -59,6 +59,12 @@ def build(kind):
         return kind(**CONFIGS[kind]).eval().requires_grad_(False)
 
 
+@pytest.fixture(scope="session")
+def tiny():
+    """``tiny(kind)``: a random model of this kind, for what outlives a test."""
+    return build
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """Every test draws the same random numbers, alone or in the suite."""

@@ -1,5 +1,6 @@
 """pip, conda and the README tell the same story."""
 
+import os
 import re
 import tomllib
 from importlib.metadata import version
@@ -27,8 +28,15 @@ def test_every_requirement_is_pinned_exactly():
 
 def test_the_package_needs_nothing_that_is_not_pinned():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    names = {re.split("[><=]", d)[0] for d in project["dependencies"] + project["optional-dependencies"]["dev"]}
-    assert names == set(PINS)
+    extras = project["optional-dependencies"]
+    assert extras["dev"][0] == "tdq-utils[lab,show,notebooks,onnx]"
+    asked = [
+        *project["dependencies"],
+        *extras["dev"][1:],
+        *(d for name in ("lab", "show", "notebooks", "onnx") for d in extras[name]),
+    ]
+    names = {re.split("[><=]", d)[0] for d in asked}
+    assert names == set(PINS) | {"jinja2"}  # which notebooks bring, too
     assert "torchvision" not in names
 
 
@@ -65,3 +73,33 @@ def test_data_checksums_match_the_readme():
     assert set(listed) == present
     for path, digest in listed.items():
         assert hashlib.sha256((ROOT / "data" / path).read_bytes()).hexdigest() == digest, path
+
+
+def test_continuous_integration_runs_one_script():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())
+    job = workflow["jobs"]["test"]
+    assert job["strategy"]["matrix"]["python"] == ["3.11", "3.13"]
+    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"] and os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_hooks_before_a_commit_are_local():
+    (repo,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert repo["repo"] == "local"
+    assert {hook["id"]: hook["language"] for hook in repo["hooks"]} == dict.fromkeys(
+        ["ruff", "ruff-format", "notebooks"], "system"
+    )
+
+
+def test_the_citation_names_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"]["text"])
+    assert project["version"] in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_what_contributors_are_told_to_edit_is_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = re.findall(r"`((?:tdq_utils|tests|notebooks|data)/[\w/.]+)`", text)
+    assert len(named) > 10 and [path for path in named if not (ROOT / path).exists() and "LESSON" not in path] == []
+    for place, name in re.findall(r"`([A-Z]+)`[^`]*`(tdq_utils/[\w/]+\.py)`", text):
+        assert re.search(rf"^{place}\b", (ROOT / name).read_text(), flags=re.M), (place, name)

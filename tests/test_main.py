@@ -71,7 +71,7 @@ def test_training_commands_hand_their_options_on(command, loops, monkeypatch, tm
 def test_iterations_are_one_or_more(table, capsys):
     for iterations in ("0", "-1"):
         assert main(["reproduce", table, "--iterations", iterations]) == 2
-        assert f"--iterations must be 1 or more; got {iterations}" in capsys.readouterr().err
+        assert f"--iterations must be a whole number, 1 or more; got {iterations}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("table", "option", "belongs"), [

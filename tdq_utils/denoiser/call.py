@@ -34,8 +34,16 @@ class _Call:
 _CALL: ContextVar[_Call | None] = ContextVar("call", default=None)
 
 
+def check_module(model: Any) -> None:
+    """TDQError: what should be a model is no module of torch."""
+    if not isinstance(model, nn.Module):
+        raise TDQError(f"A model must be a module of torch, such as load_model gives; got {model!r}. Of a pipeline, pass its "
+                       "denoiser: pipe.unet or pipe.transformer.")  # fmt: skip
+
+
 def time_argument(model: nn.Module) -> str:
-    """The name of the argument that carries the time step. TDQError: ``forward`` has none."""
+    """The name of the argument that carries the time step. TDQError: no module, or ``forward`` has none."""
+    check_module(model)
     names = inspect.signature(model.forward).parameters
     found = next((name for name in TIME if name in names), None)
     if hasattr(model, "_orig_mod"):

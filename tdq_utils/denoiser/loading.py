@@ -11,10 +11,11 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from tdq_utils.errors import DataError, TDQError
+from tdq_utils.errors import DataError, TDQError, checked_path
 
 DATA = Path(os.environ.get("TDQ_DATA", Path(__file__).resolve().parents[2] / "data"))  # wheels have none: TDQ_DATA points to it
 CATALOGUE = {"fashion-mnist": DATA / "models" / "fashion-mnist"}
+AWAY = "A wheel holds no models and data: clone the repository, or set TDQ_DATA to the folder data of a clone."
 MODEL_PLACES, SCHEDULER_PLACES = ("unet", "transformer", None), ("scheduler", None)  # None: the top, as in google/ddpm-cifar10-32
 
 NOISE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
@@ -34,10 +35,14 @@ def load_model(name: str | Path = "fashion-mnist", device: str | torch.device | 
     Returns:
         ``(model, scheduler)``: the denoiser in eval mode, gradients off, channels-last if it is made for images.
         DataError: unknown name, a folder without a model or a scheduler, damaged files, or no network.
-        TDQError: a scheduler that does not fit.
+        TDQError: a scheduler that does not fit, a device that is not there, a dtype that is none of floats.
     """
-    source = CATALOGUE.get(str(name), Path(name))
-    if not source.is_dir() and (str(name) in CATALOGUE or len(Path(name).parts) != 2 or Path(name).is_absolute()):
+    source, device = CATALOGUE.get(str(name), checked_path(name)), checked_device(device)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TDQError(f"dtype must be a floating-point dtype of torch, such as torch.bfloat16, or None; got {dtype!r}.")
+    if str(name) in CATALOGUE and not source.is_dir():
+        raise DataError(f"The model {str(name)!r} ships with the repository; {source} is no folder. {AWAY}")
+    if not source.is_dir() and (len(Path(name).parts) != 2 or Path(name).is_absolute()):
         raise DataError(f"load_model takes one of {', '.join(CATALOGUE)}, an existing folder in diffusers' layout, or a hub id "
                         f"'owner/name'; got {str(name)!r}, and {source} is no folder.")  # fmt: skip
     if (source / "transformer_2").is_dir():
@@ -47,8 +52,18 @@ def load_model(name: str | Path = "fashion-mnist", device: str | torch.device | 
     chosen = scheduler_like(own, scheduler) if scheduler else own
     flat = not any(parameter.dim() == 5 for parameter in model.parameters())  # that format knows four axes
     form = torch.channels_last if flat else torch.preserve_format
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.eval().requires_grad_(False).to(device, memory_format=form), chosen
+
+
+def checked_device(device: Any) -> Any:
+    """``device``, or CUDA if there is one, else the CPU. TDQError: this torch has none of that name."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise TDQError(f"device must be one that this torch has, such as 'cpu'; got {device!r} ({reason}).") from error
+    return device
 
 
 def _load(source, dtype):
@@ -104,6 +119,8 @@ def scheduler_like(own: Any, name: str) -> Any:
     ``name``: of a class of diffusers, in any case, with or without "Scheduler". TDQError: there is none, or it does not fit."""
     import diffusers
 
+    if not isinstance(name, str):
+        raise TDQError(f"scheduler must name a scheduler of diffusers, such as 'ddim'; got {name!r}.")
     plain = lambda text: text.lower().removesuffix("scheduler")  # noqa: E731
     kind = next((kind for kind in dir(diffusers) if kind.endswith("Scheduler") and plain(kind) == plain(name)), None)
     if kind is None:

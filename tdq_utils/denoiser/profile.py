@@ -1,6 +1,7 @@
 """Activation statistics over (layer, t): ranges, drift, and what an interval per step could gain."""
 
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,8 +56,8 @@ class Profile:
 
     def percentile(self, q: float) -> np.ndarray:
         """The q-th percentile (0..100) of the magnitude, ``"layer step"``, to the width of a bin."""
-        if not 0 <= q <= 100:
-            raise TDQError(f"A percentile must be from 0 to 100; got {q}.")
+        if not isinstance(q, Real) or not 0 <= q <= 100:
+            raise TDQError(f"A percentile must be a number from 0 to 100; got {q!r}.")
         half = self.bins // 2
 
         def upper_edge_of(counts: np.ndarray) -> np.ndarray:
@@ -80,7 +81,7 @@ class Profile:
 
     def row(self, layer: str | int) -> int:
         """Number of a layer given by its dotted name (or its number). TDQError: not profiled."""
-        if isinstance(layer, (int, np.integer)):
+        if isinstance(layer, (int, np.integer)) and 0 <= layer < len(self.layers):
             return int(layer)
         if layer not in self.layers:
             raise TDQError(f"layer must be one of the {len(self.layers)} profiled ones, such as {self.layers[0]}; got {layer!r}.")

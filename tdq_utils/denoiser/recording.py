@@ -120,6 +120,7 @@ def recording(model: nn.Module, layers: Container[str] | None = None,
     inputs are divided by first. What a compiled model does cannot be seen: while open, it runs uncompiled.
     """
     cells = Cells()
+    check_names(model, layers)
 
     def see_input(name):
         def hook(module, args):
@@ -148,6 +149,16 @@ def recording(model: nn.Module, layers: Container[str] | None = None,
     finally:
         for handle in handles:
             handle.remove()
+
+
+def check_names(model: nn.Module, layers: Any) -> None:
+    """TDQError: ``layers``, unless it is ``None``, is no list of names, or names what the model has not."""
+    if layers is not None and (isinstance(layers, str) or not isinstance(layers, Iterable)):
+        raise TDQError(f"layers must be a list of dotted names, or None for all; got {layers!r}.")
+    if unknown := {*map(str, layers or ())} - {name for name, _ in model.named_modules()}:
+        raise TDQError(f"layers must name layers of the model, by their dotted names; got {min(unknown)!r}, which it has not.")
+    if layers is not None and not [*layers]:
+        raise TDQError("layers must name at least one layer, or be None for all; got an empty list [].")
 
 
 def as_profile(cells: Cells, model: str = "") -> Profile:

@@ -1,13 +1,15 @@
 """From seeds to images: any model, by its own scheduler, in batches whose neighbours do not matter."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tdq_utils.denoiser.call import each_tensor, tell
+from tdq_utils.denoiser.call import each_tensor, tell, time_argument
 from tdq_utils.denoiser.trajectory import Asked, number, opposite, trajectory
 from tdq_utils.errors import TDQError, checked_whole
 
@@ -20,9 +22,9 @@ SAMPLING = ("batch_size", "condition", "guidance", "negative", "beside", "shape"
 def noise(seeds: Iterable[int], shape: Sequence[int]) -> Tensor:
     """Standard normal noise ``"seed *shape"``, float32; entry i depends on ``seeds[i]`` alone.
 
-    Drawn on the CPU, because the bits of a GPU's generator differ from device to device.
+    Drawn on the CPU, because the bits of a GPU's generator differ from device to device. TDQError: no seeds, or no shape.
     """
-    return _drawn(_generators(seeds), shape)
+    return _drawn(_generators(checked_seeds(seeds)), checked_shape(shape))
 
 
 def _generators(seeds):
@@ -37,8 +39,10 @@ def timesteps(scheduler: Any, steps: int | None = None, model: nn.Module | None 
     """The distinct time steps that a scheduler visits in ``steps`` steps, noise first, as ``model`` is told them.
 
     ``steps``: default: all that the scheduler was trained with. ``scheduling``: further arguments of its ``set_timesteps``.
-    TDQError: steps out of range, or needed.
+    TDQError: steps out of range, or needed; no scheduler.
     """
+    if not hasattr(scheduler, "set_timesteps"):
+        raise TDQError(f"A scheduler must be one of diffusers, such as load_model gives; got {scheduler!r}.")
     limit = scheduler.config.num_train_timesteps
     if steps is None and not hasattr(scheduler, "alphas_cumprod"):
         raise TDQError(f"steps must be given for {type(scheduler).__name__}, whose time steps are not whole numbers; got none.")
@@ -56,6 +60,13 @@ def checked_seeds(seeds: Seeds) -> list[int]:
     if not found:
         raise TDQError("seeds must name at least one image; got an empty range. Pass for example range(16).")
     return found
+
+
+def checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """``shape`` as a tuple. TDQError: no whole numbers, or less than 1."""
+    if not isinstance(shape, Sequence) or isinstance(shape, str):
+        raise TDQError(f"shape must be that of one image or latent, such as (4, 64, 64); got {shape!r}.")
+    return tuple(checked_whole(f"Every number of shape {tuple(shape)}", size, 1) for size in shape)
 
 
 def sample(model: Any, scheduler: Any, seeds: Seeds = range(64), steps: int = 50, batch_size: int = 16, callback: Callback = None,
@@ -103,8 +114,11 @@ def sample_batches(model: Any, scheduler: Any, seeds: Seeds, steps: int = 50, ba
     seeds, batch_size, scheduling = checked_seeds(seeds), checked_whole("batch_size", batch_size, 1), scheduling or {}
     if getattr(model, "training", False):
         raise TDQError("Sampling takes a model in eval mode; this one is in training mode. Call model.eval().")
-    ask, shape, starts = asker(model, len(seeds), **asking), shape or image_shape(model), range(0, len(seeds), batch_size)
-    total = len(timesteps(scheduler, steps, **scheduling)) * len(starts)
+    time_argument(model)
+    if callback is not None and not callable(callback):
+        raise TDQError(f"callback must be a function of a dict, or None; got {callback!r}.")
+    shape, starts = checked_shape(shape) if shape else image_shape(model), range(0, len(seeds), batch_size)
+    total, ask = len(timesteps(scheduler, steps, **scheduling)) * len(starts), asker(model, len(seeds), **asking)
     with tqdm(total=total, desc="sample", disable=not progress, leave=False) as bar:
         for start in starts:
             rows = list(range(start, min(start + batch_size, len(seeds))))
@@ -122,6 +136,8 @@ def sample_batches(model: Any, scheduler: Any, seeds: Seeds, steps: int = 50, ba
 def asker(model: nn.Module, n: int, condition: Condition = None, negative: Condition = None, guidance: float | None = None,
           beside: Tensor | None = None) -> Callable[[list[int]], Asked]:  # fmt: skip
     """A function of row numbers: what the model is asked about these rows of ``n``; arguments as for :func:`sample`."""
+    if guidance is not None and not (isinstance(guidance, Real) and math.isfinite(guidance)):
+        raise TDQError(f"guidance must be a finite number, or None for a model that is not guided; got {guidance!r}.")
     of_condition, of_beside = rows_of(condition, n, "condition"), rows_of({"beside": beside}, n, "beside")
     of_negative = rows_of(negative, n, "negative")
 
@@ -150,7 +166,7 @@ def rows_of(given: Condition, n: int, what: str, each: str = "seeds") -> Callabl
 
 def image_shape(model: nn.Module) -> tuple[int, ...]:
     """Of one image or latent that the model makes, by its config. TDQError: that does not tell it."""
-    size, kinds = getattr(model.config, "sample_size", None), {type(module) for module in model.modules()}
+    size, kinds = getattr(getattr(model, "config", None), "sample_size", None), {type(module) for module in model.modules()}
     if size is None or nn.Conv3d in kinds:
         raise TDQError(f"shape must be given where the config does not tell it, as in a {type(model).__name__}; got none. "
                        "Pass that of one image or latent, such as shape=(4, 64, 64).")  # fmt: skip

@@ -11,7 +11,9 @@ from tqdm.auto import tqdm
 from tdq_utils.denoiser.call import device_of, follow, now, predict
 from tdq_utils.denoiser.loading import weights_at_hand
 from tdq_utils.denoiser.record import Calls
-from tdq_utils.fit.calibration_set import CalibrationSet
+from tdq_utils.denoiser.recording import check_names
+from tdq_utils.errors import check
+from tdq_utils.fit.calibration_set import CalibrationSet, check_data
 from tdq_utils.fit.layers import QuantizedLayer, SplitQuantizer, blank_balance, search_weight_step
 from tdq_utils.fit.quantize import checked_state, full_precision, quantized_layers
 from tdq_utils.method.balance import balance
@@ -61,8 +63,12 @@ def sampled_inputs(model: nn.Module, data: CalibrationSet | Calls, names: Sequen
                    batch_size: int = 16, vectors: int = VECTORS) -> dict[str, Tensor]:  # fmt: skip
     """Vectors of the input of layers in full precision, drawn at random: ``"t vector channel"`` float32, on the CPU.
 
-    ``vectors``: of each call, fewer where all would take more than ``ROOM``.
+    ``vectors``: of each call, fewer where all would take more than ``ROOM``. TDQError: names of no layer, no calls or those of
+    another model, counts below 1.
     """
+    check("count", batch_size=batch_size, vectors=vectors)
+    check_names(model, names)
+    check_data(model, data)
     device = device_of(model)
     kept: dict[str, dict[float, list[Tensor]]] = {name: defaultdict(list) for name in names}
     widths: dict[str, int] = {}

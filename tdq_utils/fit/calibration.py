@@ -14,10 +14,10 @@ from tdq_utils.denoiser.profile import Profile
 from tdq_utils.denoiser.record import Calls
 from tdq_utils.denoiser.recording import as_profile, recording
 from tdq_utils.denoiser.sampling import SAMPLING
-from tdq_utils.errors import TDQError, check
+from tdq_utils.errors import TDQError, check, checked_whole
 from tdq_utils.fit import reconstruction
 from tdq_utils.fit.balancing import balance_layers
-from tdq_utils.fit.calibration_set import CalibrationSet, check_eval, check_made_by, skewed_density
+from tdq_utils.fit.calibration_set import CalibrationSet, check_data, check_eval, check_made_by, skewed_density
 from tdq_utils.fit.loop import descend
 from tdq_utils.fit.quantize import (
     DYNAMIC,
@@ -32,7 +32,10 @@ from tdq_utils.method.generator import StepGenerator, unit_of
 from tdq_utils.method.grid import Grid, mse_step, squared_error
 from tdq_utils.method.step_sizes import LearnedStep, StaticStep, StepSize, TableStep
 
-OPTIONS = dict(iterations="count", rate="positive", momentum="share", follow="share", percentile="percent")
+OPTIONS = dict(
+    iterations="count", rate="positive", momentum="share", follow="share", percentile="percent", depth="count", hidden="count"
+)
+OPTIONS |= dict(dropout="share")
 
 
 def calibrate(model: nn.Module, scheduler: Any = None, seeds: int | Iterable[int] | None = None, steps: int | None = None,
@@ -62,7 +65,7 @@ def calibrate(model: nn.Module, scheduler: Any = None, seeds: int | Iterable[int
     """
     state = checked_state(model)
     check_eval(model)
-    method = method or state.method
+    method = state.method if method is None else method
     making = dict(seeds=seeds, steps=steps, **{name: options.pop(name, None) for name in SAMPLING})
     making = {key: value for key, value in making.items() if value is not None}
     _check(state, method, reconstruct, weights_method, options, shifted)
@@ -87,7 +90,7 @@ def calibrate(model: nn.Module, scheduler: Any = None, seeds: int | Iterable[int
 
 
 def _check(state, method, reconstruct, weights_method, options, shifted):
-    if method not in (allowed := DYNAMIC if state.method in DYNAMIC else CHOOSERS):
+    if method not in (allowed := tuple(DYNAMIC if state.method in DYNAMIC else CHOOSERS)):
         raise TDQError(f"method must be one of {', '.join(allowed)} for this model; got {method!r}.")
     if reconstruct not in ("input", *reconstruction.TARGETS):
         raise TDQError(f"reconstruct must be 'input', {' or '.join(map(repr, reconstruction.TARGETS))}; got {reconstruct!r}.")
@@ -108,6 +111,7 @@ def _check(state, method, reconstruct, weights_method, options, shifted):
         raise TDQError(f"{method!r} takes {', '.join(accepted) or 'no options'}; got {min(unknown)!r}.")
     for name in OPTIONS.keys() & options:
         check(OPTIONS[name], **{name: options[name]})
+    checked_whole("seed", options.get("seed", 0), 0)
     if options.get("start", "mse") not in ("mse", "std", "lsq"):
         raise TDQError(f"start must be 'mse', 'std' or 'lsq'; got {options['start']!r}.")
 
@@ -118,9 +122,14 @@ def _source(model, scheduler, making, data, profile, samples, chooses, progress)
     unused = [*(making if data is not None or profiled else ()), *(["data"] if data is not None and profiled else ())]
     if unused:
         raise TDQError(f"calibrate takes one input: data (or what makes it), or a profile. Leave out {', '.join(unused)}.")
-    for what, known in {"calibration set": data, "profile": profile}.items():
-        if known is not None:
-            check_made_by(model, known.model, what)
+    if profile is not None and not isinstance(profile, Profile):
+        raise TDQError(
+            f"profile must be a Profile, as record or profile_activations makes it; got {profile!r}. Profile.load(file)?"
+        )
+    if data is not None:
+        check_data(model, data)
+    if profile is not None:
+        check_made_by(model, profile.model, "profile")
     if data is not None or not (samples or (chooses and profile is None)):
         return data
     if scheduler is None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tdq_utils.denoiser.call import each_tensor, joined
 from tdq_utils.denoiser.files import write_arrays
 from tdq_utils.denoiser.loading import fingerprint
+from tdq_utils.denoiser.record import Calls
 from tdq_utils.denoiser.sampling import asker, checked_seeds, sample, timesteps
 from tdq_utils.errors import DataError, TDQError
 from tdq_utils.fit.quantize import full_precision
@@ -65,6 +66,8 @@ class CalibrationSet:
             raise TDQError("A calibration set needs conditions with a row a seed; got a function. Record calls instead: "
                            "record(model, inputs=n) around sample(...), then data=recorded.inputs.")  # fmt: skip
         visited = timesteps(scheduler, steps, model, **(sampling.get("scheduling") or {}))
+        if not isinstance(at, (str, Iterable)):
+            raise TDQError(f"at must be 'uniform', 'skewed' or a list of time steps; got {at!r}.")
         at = at if isinstance(at, str) else list(at)
         kept = {seed: _kept(seed, visited, at, per_seed, scheduler.config.num_train_timesteps) for seed in numbers}
         found = []
@@ -162,6 +165,14 @@ def check_made_by(model: nn.Module, made_by: str, what: str) -> None:
     if made_by not in ("", given):
         raise TDQError(f"A {what} serves the model that made it, {made_by}; this model is {given}. Make another: "
                        "record(model), CalibrationSet.collect(model, scheduler, ...) or profile_activations.")  # fmt: skip
+
+
+def check_data(model: nn.Module, data: Any) -> None:
+    """TDQError: ``data`` is nothing that a model can run on, or was made by another model."""
+    if not isinstance(data, (CalibrationSet, Calls)):
+        raise TDQError(f"data must be a CalibrationSet, or recorded.inputs of record(model, inputs=n); got {data!r}. Read a file "
+                       "with CalibrationSet.load.")  # fmt: skip
+    check_made_by(model, data.model, "calibration set")
 
 
 def _kept(seed, visited, at, per_seed, num_train_timesteps):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from tdq_utils.denoiser.call import check_module
 from tdq_utils.denoiser.loading import weights_at_hand
 from tdq_utils.errors import TDQError
 from tdq_utils.fit.layers import QUANTIZED, forward_slots
@@ -29,6 +30,7 @@ def kept_layers(model: nn.Module) -> dict[str, str]:
     The model's entry and exit layers (those it holds directly or in an embedding), and everything that carries t: time embeddings
     and projections, adaptive norms (So et al. 2023, authors' code); modulations of transformers, by the names they go by.
     """
+    check_module(model)
     inside = tuple(f"{name}." for name, module in model.named_modules() if type(module).__module__ in CONDITIONING)
     kept = {}
     for name, layer in model.named_modules():
@@ -46,8 +48,11 @@ def chosen_layers(model: nn.Module, keep: str | Iterable[str] | None) -> tuple[d
     quantizer would be there but not run.
     """
     everything = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
+    keep = [keep] if isinstance(keep, str) else [*keep] if isinstance(keep, Iterable) else keep
+    if keep is not None and not (isinstance(keep, list) and all(isinstance(pattern, str) for pattern in keep)):
+        raise TDQError(f"keep must be names or patterns of layers, such as 'mid_block.*', or None; got {keep!r}.")
     kept = kept_layers(model) if keep is None else {}
-    for pattern in [keep] if isinstance(keep, str) else keep or ():
+    for pattern in keep or ():
         asked = {name: "as asked" for name in everything if fnmatchcase(name, pattern)}
         if not asked:
             raise TDQError(f"keep must name conv or linear layers of the model, or match some; got {pattern!r}.")

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from tdq_utils.denoiser.record import Calls
-from tdq_utils.errors import TDQError
 from tdq_utils.fit.balancing import sampled_inputs
 from tdq_utils.fit.calibration_set import CalibrationSet
 from tdq_utils.fit.choice import chosen_layers
+from tdq_utils.fit.quantize import check_plain
 from tdq_utils.method.grid import Grid, fake_quantize
 
 if TYPE_CHECKING:
@@ -31,12 +31,14 @@ def decompose(model: nn.Module, data: CalibrationSet | Calls, bits: int = 5, lay
     Args:
         model: full precision. data: calls to run it on; samples of one batch share a t. bits: of activations.
         layers: default: those that ``quantize`` would quantize. batch_size: of a calibration set. vectors: drawn from each call.
+
+    TDQError: a quantized model, bits outside 2..8, and what :func:`sampled_inputs` refuses.
     """
-    if hasattr(model, "quantization"):
-        raise TDQError("decompose takes a full-precision model; this one is quantized. Call restore(model) first.")
+    check_plain(model, "decompose")
+    Grid(bits)  # refuses what is none, before the model runs
     import pandas as pd
 
-    names = list(chosen_layers(model, None)[0]) if layers is None else list(layers)
+    names = list(chosen_layers(model, None)[0]) if layers is None else layers
     found = {name: gains(errors(x, bits)) for name, x in sampled_inputs(model, data, names, batch_size, vectors).items()}
     return pd.DataFrame([dict(layer=name, time_db=time, channels_db=channels, both_db=both)
                          for name, (time, channels, both) in found.items()])  # fmt: skip

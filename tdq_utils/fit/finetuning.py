@@ -13,11 +13,19 @@ from torch.nn.utils import parametrize
 from tdq_utils.denoiser.loading import fingerprint
 from tdq_utils.denoiser.record import Calls
 from tdq_utils.denoiser.sampling import Condition, checked_seeds, rows_of
-from tdq_utils.errors import TDQError, check
+from tdq_utils.errors import TDQError, check, checked_path, checked_whole
 from tdq_utils.fit.calibration import calibrate
 from tdq_utils.fit.calibration_set import check_eval, check_made_by
 from tdq_utils.fit.loop import Trainer, denoising_loss, objective, recorded_loss, state_path
-from tdq_utils.fit.quantize import activation_quantizers, checked_state, quantize, quantized_layers, restore
+from tdq_utils.fit.quantize import (
+    activation_quantizers,
+    check_plain,
+    checked_grid,
+    checked_state,
+    quantize,
+    quantized_layers,
+    restore,
+)
 from tdq_utils.method.generator import StepGenerator
 from tdq_utils.method.rules import PACT_DECAY, RULES, pact
 
@@ -84,9 +92,14 @@ def finetune(model: nn.Module, scheduler: Any, images: torch.Tensor | Calls, met
 
 def _checked(given, out):
     """Refuse what :func:`finetune` was given; the path of the state of such a run in ``out``, or ``None``."""
-    if given["method"] not in FINETUNED:
+    if given["method"] not in tuple(FINETUNED):
         raise TDQError(f"method must be one of {', '.join(FINETUNED)}; got {given['method']!r}.")
-    check("count", images=len(given["images"]))
+    check_plain(given["model"], "finetune")
+    checked_grid(
+        given["weights"], given["activations"], "tdq", "channel", given["balance"] if given["balance"] is not True else None
+    )
+    _check_images(given["model"], given["images"])
+    checked_whole("seed", given["seed"], 0)
     for name, kind in SETTINGS.items():
         check(kind, **{name: given[name]})
     model, scheduler = given["model"], given["scheduler"]
@@ -108,7 +121,20 @@ def _checked(given, out):
         given["decay"] = None
     config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")} if scheduler else {}
     given |= dict(model=fingerprint(model), scheduler={"class": type(scheduler).__name__, **config})
-    return state_path(out, given) if out else None
+    return None if out is None else state_path(checked_path(out), given)
+
+
+def _check_images(model, images):
+    """Refuse what is no set of finite images, or has other channels than the model's entry."""
+    if not isinstance(images, (torch.Tensor, Calls)) or not len(images):
+        raise TDQError(f"images must be a tensor of one image or more, or recorded.inputs; got a {type(images).__name__}.")
+    if isinstance(images, torch.Tensor):
+        channels = getattr(getattr(model, "conv_in", None), "in_channels", images.shape[1:2].numel())
+        if images.dim() < 3 or images.shape[1] != channels or not images.is_floating_point():
+            raise TDQError(f"images must be floats, image first, then the {channels} channels of the model; got {images.dtype} "
+                           f"{tuple(images.shape)}.")  # fmt: skip
+        if not torch.isfinite(images).all():
+            raise TDQError("images must be finite; got NaN or infinity among them. Look at how they were read.")
 
 
 def _seen(calibration, condition, images):

@@ -15,12 +15,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from tdq_utils.denoiser.call import device_of, predict, tell
-from tdq_utils.denoiser.files import beside
+from tdq_utils.denoiser.files import beside, read_json
 from tdq_utils.denoiser.loading import matches_flow
 from tdq_utils.denoiser.record import Calls
 from tdq_utils.denoiser.sampling import Condition, rows_of
 from tdq_utils.denoiser.trajectory import Asked
-from tdq_utils.errors import DataError, TDQError
+from tdq_utils.errors import DataError, TDQError, check_folder
 
 # prediction_type -> target, of x_0, eps and their factors in x_t
 TARGETS: dict[str, Callable[..., torch.Tensor]] = {
@@ -203,13 +203,14 @@ class Trainer:
 def state_path(out: str | Path, settings: dict[str, Any]) -> Path:
     """Path of the state in ``out``, which keeps its settings beside it. TDQError: it holds a run that began with others."""
     state, kept = Path(out) / "state.pt", Path(out) / "settings.json"
+    check_folder(Path(out))
     settings = json.loads(json.dumps(described(settings), default=repr))
     if not state.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
         with beside(kept) as part:
             part.write_text(json.dumps(settings, indent=1) + "\n")
         return state
-    other = json.loads(kept.read_text()) if kept.exists() else {}
+    other = read_json(kept) if kept.exists() else {}
     for name in {**settings, **other}:
         there, here = (repr(found[name]) if name in found else "its default" for found in (other, settings))
         if there != here:

@@ -79,8 +79,7 @@ def quantize(model: Any, weights: int | None = 8, activations: int | None = 8, m
     TDQError: bits outside 2..8, unknown method, a pattern that names no layer, weights that are not finite, a model that is
     quantized already, has an adapter, takes no time step or has nothing to quantize.
     """
-    if hasattr(model, "quantization"):
-        raise TDQError("quantize takes a full-precision model; this one is quantized already. Call restore(model) first.")
+    check_plain(model, "quantize")
     balance = "range" if balance is True else balance or None
     grid = checked_grid(weights, activations, method, weights_per, balance)
     time_argument(model)
@@ -103,6 +102,12 @@ def quantize(model: Any, weights: int | None = 8, activations: int | None = 8, m
     _put_on(model, added)
 
 
+def check_plain(model: Any, what: str) -> None:
+    """TDQError: ``what`` takes a full-precision model, and this one is quantized."""
+    if hasattr(model, "quantization"):
+        raise TDQError(f"{what} takes a full-precision model; this one is quantized already. Call restore(model) first.")
+
+
 def checked_grid(weights: int | None, activations: int | None, method: str, weights_per: str,
                  balance: str | None = None) -> Grid | None:  # fmt: skip
     """The grid of the weights, from what :func:`quantize` takes. TDQError: it would refuse one of these."""
@@ -110,7 +115,7 @@ def checked_grid(weights: int | None, activations: int | None, method: str, weig
         raise TDQError(f"method must be one of {', '.join(METHODS)}; got {method!r}.")
     if weights_per not in ("channel", "tensor"):
         raise TDQError(f"weights_per must be 'channel' or 'tensor'; got {weights_per!r}.")
-    if balance is not None and balance not in BALANCES:
+    if balance is not None and balance not in tuple(BALANCES):
         raise TDQError(f"balance must be one of {', '.join(BALANCES)}, True ('range') or None; got {balance!r}.")
     if balance is not None and activations is None:
         raise TDQError("balance serves activations on a grid; these are in full precision. Pass activations=8, or no balance.")

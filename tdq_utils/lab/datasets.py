@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from tdq_utils.denoiser.files import beside
-from tdq_utils.denoiser.loading import DATA
-from tdq_utils.errors import DataError
+from tdq_utils.denoiser.loading import AWAY, DATA
+from tdq_utils.errors import DataError, checked_path
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
 OFFICIAL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"  # as named in its README
@@ -58,9 +58,10 @@ def load_images(name: str | Path = "fashion-mnist", split: str = "test", root: s
         download: fetch a missing official file into the cache (``~/.cache/tdq_utils``).
 
     DataError: unknown name or split, file not found, contents with a wrong checksum, pictures that are not alike."""
-    if str(name) not in SPLITS and not Path(name).is_dir():
+    root = None if root is None else checked_path(root)
+    if str(name) not in SPLITS and not checked_path(name).is_dir():
         raise DataError(f"load_images knows {', '.join(map(repr, SPLITS))}, and folders of pictures; got {str(name)!r}.")
-    if split not in FASHION_MNIST:
+    if split not in tuple(FASHION_MNIST):
         raise DataError(f"split must be one of {', '.join(FASHION_MNIST)}; got {split!r}.")
     classes: np.ndarray | None
     if str(name) not in SPLITS:
@@ -107,7 +108,10 @@ def _read_cifar(split: str, root: str | Path | None, download: bool) -> tuple[np
             raise DataError(f"{path} is corrupted: its md5 must be {CIFAR_MD5}, got {digest}; delete it, fetch it again.")
     try:
         with tarfile.open(path) as archive:
-            files = [archive.extractfile(f"cifar-10-batches-bin/{stem}.bin").read() for stem in CIFAR_FILES[split]]
+            members = [archive.getmember(f"cifar-10-batches-bin/{stem}.bin") for stem in CIFAR_FILES[split]]
+            if odd := [m.name for m in members if not m.isfile() or m.size > 10_000 * (1 + 3 * 32 * 32)]:
+                raise ValueError(f"{odd[0]} is no file, or larger than 10,000 images")
+            files = [archive.extractfile(member).read() for member in members]
         rows = np.frombuffer(b"".join(files), np.uint8).reshape(-1, 1 + 3 * 32 * 32)  # a label, then the planes
         if rows[:, 0].max() > 9:
             raise ValueError(f"a label must be from 0 to 9; got {rows[:, 0].max()}")
@@ -130,7 +134,7 @@ def _read_pictures(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
         try:
             with Image.open(path) as picture:
                 mode, pixels = picture.mode, np.asarray(picture)
-        except OSError as error:
+        except Exception as error:  # also of kinds of its own: a picture that claims to be enormous
             raise DataError(f"{path} cannot be read as a picture ({error}); delete it, or write it again.") from error
         if mode not in ("L", "RGB"):
             raise DataError(f"Pictures must be grey (L) or RGB; {path} is {mode}. Convert it: picture.convert('RGB').")
@@ -152,7 +156,7 @@ def _read(stem: str, root: str | Path | None, download: bool, sha256: str, offse
     if path is None:
         where = ", ".join(map(str, folders))
         raise DataError(f"Fashion-MNIST file {stem}[.gz] was not found in {where}. Pass root= with a folder that holds it, "
-                        "install Debian's package dataset-fashion-mnist, or pass download=True.")  # fmt: skip
+                        f"install Debian's package dataset-fashion-mnist, or pass download=True. {AWAY}")  # fmt: skip
     try:
         raw = UNPACK[path.suffix](path.read_bytes())
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:

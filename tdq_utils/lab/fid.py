@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, Self
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -18,8 +17,8 @@ from torchmetrics.image.fid import NoTrainInceptionV3
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from tdq_utils.denoiser.loading import DATA
-from tdq_utils.errors import DataError, TDQError
+from tdq_utils.denoiser.loading import AWAY, DATA
+from tdq_utils.errors import DataError, TDQError, checked_path
 from tdq_utils.lab.datasets import to_uint8
 from tdq_utils.lab.protocol import Reference
 
@@ -56,12 +55,12 @@ def _block(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
 
 def load_classifier(folder: str | Path = CLASSIFIER) -> FeatureClassifier:
     """The shipped :class:`FeatureClassifier`, in eval mode. DataError: its file is missing or damaged."""
-    path = Path(folder) / "model.safetensors"
+    path = checked_path(folder) / "model.safetensors"
     classifier = FeatureClassifier().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     try:
         classifier.load_state_dict(load_file(path))
     except Exception as error:
-        raise DataError(f"{path} must hold the classifier; run python -m tdq_utils train-classifier. ({error})") from error
+        raise DataError(f"{path} must hold the classifier; run python -m tdq_utils train-classifier ({error}). {AWAY}") from error
     return classifier.eval().requires_grad_(False)
 
 
@@ -96,7 +95,7 @@ def feature_extractor(features: str = "classifier", device: str | torch.device =
     """An extractor by name: ``"classifier"`` (ships; gives the FCD) or ``"inception"`` (gives the FID); built once on a device.
 
     TDQError: another name."""
-    if features not in FEATURES:
+    if features not in tuple(FEATURES):
         raise TDQError(f"features must be one of {', '.join(FEATURES)}; got {features!r}.")
     return FEATURES[features]().to(device)
 
@@ -134,8 +133,8 @@ class Statistics:
         try:
             with np.load(path) as data:
                 return cls(data["mu"], data["sigma"], data["n"])
-        except (OSError, EOFError, KeyError, ValueError, BadZipFile) as error:
-            raise DataError(f"{path} must be an npz of mu, sigma and n; run python -m tdq_utils train-classifier.") from error
+        except Exception as error:  # whatever another kind of file makes of the reader
+            raise DataError(f"{path} must hold mu, sigma and n; run python -m tdq_utils train-classifier. {AWAY}") from error
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:

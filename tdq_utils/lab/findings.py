@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,9 +22,9 @@ from tdq_utils.errors import TDQError
 from tdq_utils.fit.calibration_set import check_eval, check_made_by
 from tdq_utils.fit.choice import chosen_layers
 from tdq_utils.fit.decomposition import decompose
-from tdq_utils.fit.quantize import activation_quantizers, checked_grid, quantized_layers
+from tdq_utils.fit.quantize import activation_quantizers, check_plain, checked_grid, quantized_layers
 from tdq_utils.lab.bench import machine
-from tdq_utils.lab.sensitivity import MEASURED, by_layer, decibels, output_errors, outputs, quantized, removed
+from tdq_utils.lab.sensitivity import MEASURED, by_layer, check_recorded, decibels, output_errors, outputs, quantized, removed
 from tdq_utils.lab.verdict import verdict
 from tdq_utils.method.generator import StepGenerator
 from tdq_utils.method.grid import Grid
@@ -75,15 +75,16 @@ class Survey:
     errors: dict[tuple[str, int], np.ndarray] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
+        check_recorded(self.recorded)
         self.model, self.profile, self.calls = self.recorded.model, self.recorded.profile, self.recorded.inputs
-        if hasattr(self.model, "quantization"):
-            raise TDQError("A report takes the full-precision model that was recorded; it is quantized by now. Call "
-                           "restore(model) first.")  # fmt: skip
+        check_plain(self.model, "A report")
         check_eval(self.model)
         check_made_by(self.model, self.profile.model, "recording")
-        self.bits = sorted({*self.bits, self.activations})
-        for bits in self.bits:
+        if isinstance(self.bits, str) or not isinstance(self.bits, Iterable):
+            raise TDQError(f"bits must be a list of numbers of bits, such as (4, 5, 6, 8); got {self.bits!r}.")
+        for bits in (asked := [*self.bits, self.activations]):
             Grid(bits)
+        self.bits = sorted(set(asked))
         checked_grid(self.weights, self.activations, "tdq", "channel")
         chosen, kept = chosen_layers(self.model, None)
         self.kept = kept | {name: MEASURED for name in self.profile.carries_t if name in chosen}
@@ -101,7 +102,7 @@ class Survey:
             if self.sampling:
                 raise TDQError(f"{', '.join(self.sampling)} belongs to sampling; got no scheduler. Pass scheduler=, too.")
             return
-        self.seeds, self.steps = checked_seeds(self.seeds), self.steps or len(self.profile.t)
+        self.seeds, self.steps = checked_seeds(self.seeds), len(self.profile.t) if self.steps is None else self.steps
         visited = timesteps(self.scheduler, self.steps, self.model, **(self.sampling.get("scheduling") or {}))
         if unknown := [t for t in visited if np.abs(self.profile.t - t).min() > 2**-8 * abs(t)]:
             raise TDQError(f"The scheduler must visit the t that were recorded, {len(self.profile.t)} of them from "

@@ -21,7 +21,7 @@ from tdq_utils.denoiser.call import device_of
 from tdq_utils.denoiser.files import beside
 from tdq_utils.denoiser.loading import fingerprint
 from tdq_utils.denoiser.profile import Profile
-from tdq_utils.denoiser.sampling import sample_batches
+from tdq_utils.denoiser.sampling import sample_batches, timesteps
 from tdq_utils.errors import TDQError
 from tdq_utils.fit.calibration import profile_set
 from tdq_utils.fit.calibration_set import CalibrationSet
@@ -128,12 +128,14 @@ class Workbench:
         self.runners: dict[tuple, Runner] = {}
 
     def check(self, jobs: Iterable[Job]) -> None:
-        """TDQError before any work: an unknown engine, too few images, seeds that are calibrated on and evaluated."""
+        """TDQError before any work: unknown engine, too few images, steps out of range, seeds that are calibrated on, too."""
         if self.engine not in ENGINES:
             raise TDQError(f"engine must be one of {', '.join(ENGINES)}; got {self.engine!r}.")
         if self.engine == "integer" and self.device.type != "cpu":
             raise TDQError(f"engine='integer' runs on the CPU; this model is on {self.device}. Pass --engine compiled, or "
                            "hide the GPU: CUDA_VISIBLE_DEVICES= .")  # fmt: skip
+        for steps in {job.steps for job in jobs}:
+            timesteps(self.scheduler, steps, self.model)
         if len(self.seeds) <= (width := feature_extractor(self.features, self.device).num_features):
             raise TDQError(f"images must exceed the {width} features of the {self.features}; got {len(self.seeds)}.")
         noise = {repeat * SEEDS + seed for repeat in {job.repeat for job in jobs} for seed in self.seeds}

@@ -16,14 +16,30 @@ from tdq_utils.denoiser.record import Calls, Recorded, record
 from tdq_utils.denoiser.sampling import Condition, sample
 from tdq_utils.errors import TDQError
 from tdq_utils.fit.calibration import calibrate
-from tdq_utils.fit.quantize import checked_state, keep_too, quantize, quantized_layers, restore, round_weights
+from tdq_utils.fit.quantize import (
+    check_plain,
+    checked_grid,
+    checked_state,
+    keep_too,
+    quantize,
+    quantized_layers,
+    restore,
+    round_weights,
+)
 
 SWITCHED = ("activation", "weight_grid", "rounded")  # without these, a quantized layer computes as it did before
 MEASURED = "measured: gets one vector a sample, so t or pooled conditions"
 
 
+def check_recorded(recorded: Any) -> None:
+    """TDQError: not what :func:`tdq_utils.denoiser.record.record` gives."""
+    if not isinstance(recorded, Recorded):
+        raise TDQError(f"A recording must be what `with record(model) as recorded` gives; got {recorded!r}.")
+
+
 def recorded_calls(recorded: Recorded) -> Calls:
-    """The calls that :func:`tdq_utils.denoiser.record.record` kept. TDQError: it was not asked to."""
+    """The calls that :func:`tdq_utils.denoiser.record.record` kept. TDQError: it was not asked to, or this is no recording."""
+    check_recorded(recorded)
     if recorded.inputs is None:
         raise TDQError("The model's output can be measured only on calls that were kept; this recording kept none. Record again, "
                        "with record(model, inputs=24).")  # fmt: skip
@@ -130,6 +146,8 @@ def layer_sensitivity(recorded: Recorded, weights: int = 8, activations: int = 6
 
     ``recorded``: with ``inputs=n``. The rest as for :func:`tdq_utils.fit.quantize.quantize`. TDQError: no calls were kept."""
     calls = recorded_calls(recorded)
+    check_plain(recorded.model, "layer_sensitivity")
+    checked_grid(weights, activations, method, "channel")
     clean = outputs(recorded.model, calls)
     bar = tqdm(desc="layers", disable=not progress, leave=False)
     with bar, quantized(recorded.model, recorded.profile, weights, activations, method) as model:

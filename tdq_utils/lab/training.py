@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
+from tdq_utils.denoiser.loading import checked_device
 from tdq_utils.errors import TDQError
 from tdq_utils.fit.loop import Trainer, denoising_loss, drawn, iteration_generator, noised
 from tdq_utils.lab.datasets import load_images
@@ -55,6 +56,7 @@ def train_unet(out: str | Path, iterations: int = 5400, batch: int = 128, seed: 
         iterations: optimizer steps. batch: images a step. seed: of weights, data order and noise.
         ema_decay: of the exponential moving average of the weights. root: as in :func:`tdq_utils.lab.datasets.load_images`.
         compiled: run the residual blocks through ``torch.compile``, after a check of their gradients. device: cpu or cuda."""
+    checked_device(device)
     images = load_images(split="train", root=root).to(device)
     scheduler = DDIMScheduler(**SCHEDULER)
     torch.manual_seed(seed)
@@ -152,9 +154,8 @@ def train_classifier(out: str | Path, epochs: int = 8, batch: int = 128, seed: i
 
     AdamW with a one-cycle rate (peak 3e-3), random horizontal flips, label smoothing 0.05. ``out``: folder for
     ``model.safetensors``, ``metrics.json`` and ``fashion-mnist-test.npz``; ``root``: as for ``load_images``."""
-    out = Path(out)
+    out, (images, labels) = Path(out), load_images(split="train", root=root, labels=True)
     out.mkdir(parents=True, exist_ok=True)
-    images, labels = load_images(split="train", root=root, labels=True)
     torch.manual_seed(seed)
     classifier = FeatureClassifier().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=3e-3, weight_decay=0.05)

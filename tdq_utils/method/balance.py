@@ -32,12 +32,19 @@ def balance(x: Tensor, weight: Tensor, bits: int, weight_bits: int | None, rule:
     Args:
         x: inputs of the layer at each t, ``"t vector channel"``. weight: ``"out in ..."``; ``groups``: of a convolution.
         bits, weight_bits: of activations and of weights (``None``: full precision).
-        rule: key of ``RULES``. TDQError: another.
+        rule: key of ``RULES``. TDQError: another; tensors that do not fit each other, or are not finite.
         shifted: the input follows SiLU, GELU or ReLU. One shift serves all channels, so that the level of 0, which pads images,
             is one: d lets both ends of a channel fit, and the share of the grid below 0 is searched for.
     """
-    if rule not in RULES:
+    if rule not in tuple(RULES):
         raise TDQError(f"balance must be one of {', '.join(RULES)}, or True for 'mse'; got {rule!r}.")
+    if x.dim() != 3 or weight.dim() < 2 or x.shape[2] != groups * weight.shape[1]:
+        raise TDQError(f"balance takes inputs (t, vector, channel) and weights (out, in, ...) of as many channels; got "
+                       f"{tuple(x.shape)} and {tuple(weight.shape)} in {groups} groups. Reshape them.")  # fmt: skip
+    if not (torch.isfinite(x).all() and torch.isfinite(weight).all()):
+        raise TDQError("balance takes finite inputs and weights; got NaN or infinity. Leave out what is broken.")
+    for number in (bits, *(() if weight_bits is None else (weight_bits,))):
+        Grid(number)  # refuses what is none, before the search
     weight, columns = weight.float(), per_input(weight.float(), groups)
     few = x.flatten(0, 1)[:: max(1, x.shape[0] * x.shape[1] // SEARCHED)]
     power = columns.square().sum(1)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tdq_utils.errors import TDQError
+from tdq_utils.errors import TDQError, check, checked_whole
 from tdq_utils.method.grid import Grid
 from tdq_utils.method.step_sizes import StepSize, TimeSteps
 
@@ -24,7 +24,7 @@ class FourierFeatures(nn.Module):
 
     def __init__(self, width: int = 128):
         super().__init__()
-        if width < 2 or width % 2:
+        if checked_whole("width", width, 2, 2**16) % 2:
             raise TDQError(f"width must be even and at least 2; got {width}.")
         half = width // 2
         self.register_buffer("w", torch.exp(-math.log(10_000) * torch.arange(half) / half), persistent=False)
@@ -78,11 +78,10 @@ class StepGenerator(StepSize):
                  dropout: float = 0.2, scaled: bool = False, origin: float = 0.0, unit: float = 1.0):  # fmt: skip
         super().__init__()
         self.origin, self.unit = origin, unit
-        if not s_0 > 0:
-            raise TDQError(f"s_0 must be positive; got {s_0}.")
+        check("positive", s_0=s_0.item() if isinstance(s_0, torch.Tensor) else s_0)
+        depth, hidden = checked_whole("depth", depth, 1, 2**8), checked_whole("hidden", hidden, 1, 2**12)
+        check("share", dropout=dropout)
         self.features = features or FourierFeatures()
-        if depth < 1:
-            raise TDQError(f"depth must be at least 1 linear layer; got {depth}.")
         width = self.features(torch.zeros(1)).shape[1]
         sizes = [width] + [hidden] * (depth - 1)
         layers = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]

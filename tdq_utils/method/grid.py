@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -33,8 +33,8 @@ class Grid:
     def __post_init__(self) -> None:
         if not isinstance(self.bits, Integral) or not 2 <= self.bits <= 8:
             raise TDQError(f"bits must be a whole number from 2 to 8; got {self.bits!r}.")
-        if self.low is not None and self.low > 0:
-            raise TDQError(f"low must be None (symmetric) or <= 0; got {self.low}.")
+        if self.low is not None and not (isinstance(self.low, Real) and -math.inf < self.low <= 0):
+            raise TDQError(f"low must be None (symmetric) or a finite number <= 0; got {self.low!r}.")
 
     @property
     def q_min(self) -> int:
@@ -79,7 +79,13 @@ def fake_quantize(x: torch.Tensor, s: torch.Tensor, grid: Grid, grad_factor: flo
         s: positive step size: one value, or one for each entry of the first axis of ``x``
             (samples of a batch for activations, output channels for weights).
         grad_factor: multiplies the gradient of ``s`` (LSQ: ``1 / sqrt(x.numel() * q_max)``).
+
+    TDQError: ``x`` is not floating-point, or ``s`` has another number of entries. (Their values are not looked at: on a GPU
+    that would wait for them.)
     """
+    if not x.is_floating_point() or (s.numel() != 1 and s.numel() != len(x)):
+        raise TDQError(f"fake_quantize takes floats, and one step size or one for each entry of the first axis; got x {x.dtype} "
+                       f"{tuple(x.shape)} and s {tuple(s.shape)}. Convert x, or pass as many.")  # fmt: skip
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     if torch.is_grad_enabled() and (x.requires_grad or s.requires_grad):
         return _LSQ.apply(wide, s, grid, grad_factor).to(x.dtype)
@@ -128,7 +134,11 @@ def squared_error(values: Tensor, counts: Tensor | None, s: Tensor, grid: Grid) 
     """Squared quantization error ``"..."``, summed over values ``"... value"`` weighted with ``counts``, same shape or ``None``.
 
     Differentiable in the step sizes ``s``, ``"..."``, where it is continuous: the derivative is that at fixed levels.
+    TDQError: other shapes.
     """
+    _check_counts(values, counts)
+    if s.numel() != math.prod(values.shape[:-1]):
+        raise TDQError(f"s must hold a step size for each row of values, {tuple(values.shape[:-1])}; got {tuple(s.shape)}.")
     x, s = values.reshape(-1, values.shape[-1]), s.reshape(-1, 1)
     levels = fake_quantize(x, s.detach()[:, 0], grid) / s.detach()
     error = (s * levels - x).square()
@@ -141,7 +151,12 @@ def mse_step(values: Tensor, grid: Grid, counts: Tensor | None = None) -> Tensor
     """The positive step sizes ``"..."`` that minimize the squared quantization error: a grid search, and a finer one.
 
     Values ``"... value"`` are weighted with ``counts``, or alike; the search is independent for every leading index.
+    TDQError: no values, NaN or infinity among them, or counts of another shape.
     """
+    _check_counts(values, counts)
+    if not values.numel() or not torch.isfinite(values).all():
+        got = "NaN or infinity" if values.numel() else f"none, {tuple(values.shape)}"
+        raise TDQError(f"A step size is searched for finite values, one or more; got {got}. Leave out what is broken.")
     x = values.reshape(-1, values.shape[-1])
     # As many rows at a time as fit a cache. Torch adds up a single row, and rows that do not lie one after the other, in an
     # order that depends on their number: no part is one row of several, and other layouts stay whole. So no bit changes.
@@ -150,6 +165,11 @@ def mse_step(values: Tensor, grid: Grid, counts: Tensor | None = None) -> Tensor
     weights = [None] * parts if counts is None else counts.reshape(x.shape).tensor_split(parts)
     found = [_search(*part, grid) for part in zip(x.tensor_split(parts), weights, strict=True)]
     return torch.cat(found).view(values.shape[:-1])
+
+
+def _check_counts(values, counts):
+    if counts is not None and counts.numel() != values.numel():
+        raise TDQError(f"counts must have the shape of values, {tuple(values.shape)}; got {tuple(counts.shape)}.")
 
 
 def _search(x, counts, grid):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tdq_utils.errors import TDQError
+from tdq_utils.errors import TDQError, check
 from tdq_utils.method.grid import SILU_MIN, Grid
 
 # bfloat16 holds a number to 2^-8 of itself, 999 as 1000, 749.25 as 748; pipelines that pass t / 1000 round t and the quotient.
@@ -72,12 +72,14 @@ class StepSize(nn.Module):
 
 
 class StaticStep(StepSize):
-    """A constant, measured by calibration."""
+    """A constant, measured by calibration. TDQError: a number that is not positive."""
 
     s: torch.Tensor
 
     def __init__(self, s: float | torch.Tensor = 1.0):
         super().__init__()
+        if not isinstance(s, torch.Tensor):
+            check("positive", s=s)
         self.register_buffer("s", torch.as_tensor(s, dtype=torch.float32).clone())
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tdq_utils.errors import TDQError
+from tdq_utils.errors import DataError, TDQError
 from tdq_utils.fit.layers import QuantizedConv2d, QuantizedLinear
 from tdq_utils.fit.quantize import full_precision, quantized_layers
 from tdq_utils.run.integer import saturates
@@ -217,11 +217,18 @@ class OnnxModel(nn.Module):
 
 
 def session(path: str | Path, threads: int = 1, fused: str = "") -> Any:
-    """The file in onnxruntime, on the CPU; ``fused``: where to write its graph after all fusions. TDQError: not installed."""
+    """The file in onnxruntime, on the CPU; ``fused``: where to write its graph after all fusions.
+
+    TDQError: not installed, or no such file."""
     (onnxruntime,) = needed("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.optimized_model_filepath, options.log_severity_level = threads, fused, 4
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # of classes of its own, one for each thing that may be wrong
+        raise DataError(
+            f"{path} must be an ONNX file that onnxruntime can run: {error}. Write it again by export_onnx."
+        ) from error
 
 
 def needed(*names: str) -> list[Any]:

@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tdq_utils.errors import DataError, TDQError
+from tdq_utils.denoiser.files import check_inside, read_json
+from tdq_utils.errors import DataError, TDQError, check_folder, checked_path
 from tdq_utils.fit.layers import blank_balance
 from tdq_utils.fit.quantize import activation_quantizers, checked_state, quantize, quantized_layers, round_weights
 from tdq_utils.fit.temporal_cache import FeatureTable
@@ -31,9 +32,12 @@ def save_quantized(model: Any, folder: str | Path, packed: bool = False) -> None
 
     ``folder`` gets ``quantization.json`` and ``model-....safetensors``; one that it holds already stays whole until they are.
     ``packed``: keep of the quantized weights only their levels: one byte each, or two in a byte from 4 bits down. The model that
-    comes back gives the same outputs; the weights before rounding are gone. TDQError: the weights, or the model, not quantized.
+    comes back gives the same outputs; the weights before rounding are gone.
+
+    TDQError: the weights, or the model, not quantized; a place that is no folder.
     """
-    state = checked_state(model)
+    state, folder = checked_state(model), checked_path(folder)
+    check_folder(folder)
     if packed and state.weights is None:
         raise TDQError("packed needs weights on a grid; this model's are in full precision. Quantize them, or pass packed=False.")
     config = {k: v for k, v in model.config.items() if not k.startswith("_")}
@@ -50,7 +54,7 @@ def save_quantized(model: Any, folder: str | Path, packed: bool = False) -> None
                 del tensors[f"{name}.weight"]
                 tensors.pop(f"{name}.levels", None)
                 tensors[f"{name}.packed"] = pack(layer.weight_levels(), layer.weight_grid.bits)
-    _write(Path(folder), tensors, settings)
+    _write(folder, tensors, settings)
 
 
 def describe(model: Any) -> dict[str, Any]:
@@ -85,7 +89,7 @@ def _write(folder, tensors, settings):
 def _named(folder):
     """The file of tensors that the folder's JSON names; before it had a name of its own, it was model.safetensors."""
     try:
-        settings = json.loads((folder / "quantization.json").read_text())
+        settings = read_json(folder / "quantization.json")
         return Path(settings.get("tensors", "model.safetensors")).name if "sha256" in settings else ""
     except (OSError, ValueError, AttributeError, TypeError):
         return ""
@@ -93,12 +97,13 @@ def _named(folder):
 
 def load_quantized(folder: str | Path) -> nn.Module:
     """Read a model that :func:`save_quantized` wrote; on the CPU, in eval mode. DataError: missing, damaged, newer or mixed."""
-    folder = Path(folder)
+    folder = checked_path(folder)
     try:
-        settings = json.loads((folder / "quantization.json").read_text())
+        check_inside(folder, "quantization.json")
+        settings = read_json(folder / "quantization.json")
         if settings["format"] != FORMAT:
             raise ValueError(f"format must be {FORMAT}, got {settings['format']}; save it with this version")
-        name = _named(folder)
+        check_inside(folder, name := _named(folder))
         if (digest := _sha256(folder / name)) != settings["sha256"]:
             raise ValueError(f"sha256 of {name} must be {settings['sha256']}, got {digest}; copy both files again")
         return _build(settings, load_file(folder / name))
@@ -131,8 +136,13 @@ def _build(settings, tensors):
     import diffusers  # slow to import
     from accelerate import init_empty_weights
 
+    if not issubclass(kind := getattr(diffusers, settings["model"]), diffusers.ModelMixin):
+        raise ValueError(f"model must be a class of models of diffusers, got {settings['model']}")
     with init_empty_weights():  # random ones would be thrown away
-        model = getattr(diffusers, settings["model"]).from_config(settings["config"]).eval().requires_grad_(False)
+        model = kind.from_config(settings["config"]).eval().requires_grad_(False)
+    claimed, there = (sum(v.numel() for v in values) for values in (model.parameters(), tensors.values()))
+    if claimed > 2 * there:  # before there is memory for them; packed weights are two in a byte
+        raise ValueError(f"the model must be that of the tensors, which hold {there} numbers; its config asks for {claimed}")
     model._apply(lambda v: torch.zeros_like(v, device="cpu") if v.is_meta else v)
     dtype = getattr(torch, settings.get("dtype", "float32"))
     layout = torch.channels_last if settings["channels_last"] else torch.contiguous_format

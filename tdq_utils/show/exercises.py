@@ -94,7 +94,10 @@ def verdicts(path: Path, timeout: int = 120) -> dict[str, str]:
     from nbclient import NotebookClient
     from nbclient.exceptions import CellTimeoutError
 
-    handed_in = nbformat.read(path, as_version=4)
+    try:
+        handed_in = nbformat.read(path, as_version=4)
+    except Exception as error:  # a missing file, another kind of file, a notebook of another version
+        raise DataError(f"{path} must be a notebook that a student hands in; it cannot be read: {error!r:.200}") from error
     client = NotebookClient(handed_in, timeout=timeout, kernel_name="python3", allow_errors=True)
     with contextlib.suppress(CellTimeoutError):
         client.execute()

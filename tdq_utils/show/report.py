@@ -12,6 +12,7 @@ import pandas as pd
 
 from tdq_utils.denoiser.record import Recorded
 from tdq_utils.denoiser.sampling import Seeds
+from tdq_utils.errors import check_folder, checked_path
 from tdq_utils.lab.findings import Survey
 from tdq_utils.show import report_plots as figures
 from tdq_utils.show.channel_plots import time_and_channels
@@ -43,8 +44,8 @@ def report(recorded: Recorded, out: str | Path, scheduler: Any = None, weights: 
     Returns the numbers, as ``report.json`` has them. TDQError: a quantized model or one in training mode, another model's
     recording, layers that were not recorded, bits outside 2..8, a scheduler that visits other t.
     """
+    check_folder(folder := checked_path(out))
     survey = Survey(recorded, scheduler, weights, activations, bits, seeds, steps, progress, sampling)
-    folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     survey.run()
     with figures.page_style():

@@ -93,7 +93,7 @@ def test_damaged_statistics(tmp_path, damage):
     file = tmp_path / "s.npz"
     Statistics.of(correlated(20, seed=3)).save(file)
     damage(file)
-    with pytest.raises(DataError, match=r"s\.npz must be an npz of mu, sigma and n; run python -m tdq_utils train-classifier"):
+    with pytest.raises(DataError, match=r"s\.npz must hold mu, sigma and n; run python -m tdq_utils train-classifier"):
         Statistics.load(file)
 
 

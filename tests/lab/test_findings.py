@@ -40,7 +40,7 @@ def test_a_scheduler_that_visits_other_t_is_refused(recorded, scheduler):
 def test_a_model_that_is_not_as_it_was_recorded_is_refused(recorded, scheduler):
     model = recorded.model
     quantize(model)
-    with pytest.raises(TDQError, match=r"it is quantized by now\. Call restore\(model\) first"):
+    with pytest.raises(TDQError, match=r"this one is quantized already\. Call restore\(model\) first"):
         Survey(recorded)
     restore(model)
     model.conv_in.weight.data.add_(1)

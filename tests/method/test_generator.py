@@ -23,7 +23,7 @@ def test_fourier_features_are_the_formula():
 
 @pytest.mark.parametrize("width", [0, -2, 7])
 def test_width_must_be_even(width):
-    with pytest.raises(TDQError, match=f"width must be even and at least 2; got {width}"):
+    with pytest.raises(TDQError, match=f"width must be .*; got {width}"):
         FourierFeatures(width)
 
 
@@ -44,7 +44,7 @@ def test_steps_stay_positive_whatever_the_weights():
 
 @pytest.mark.parametrize("s_0", [0.0, -1.0, float("nan")])
 def test_bad_start(s_0):
-    with pytest.raises(TDQError, match="s_0 must be positive; got"):
+    with pytest.raises(TDQError, match="s_0 must be a finite number above 0; got"):
         StepGenerator(s_0)
 
 

@@ -1,5 +1,6 @@
 """The quickstart's table: a few intervals on the same seeds, small enough for a notebook; and what a table says of TDQ."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from tqdm.auto import tqdm
 from tdq_utils.denoiser.profile import Profile
 from tdq_utils.denoiser.recording import profile_activations
 from tdq_utils.denoiser.sampling import checked_seeds
+from tdq_utils.fit.quantize import checked_grid
 from tdq_utils.lab.reproduce import Workbench
 from tdq_utils.lab.tables.ptq import Job
 
@@ -35,6 +37,8 @@ def quickstart_jobs(methods: Sequence[str] | None = None, weights: int = 8, acti
                     ) -> list[QuickJob]:  # fmt: skip
     """Full precision; every method (default: ``METHODS``) at every number of bits of activations; real images."""
     methods = METHODS if methods is None else methods
+    for method, bits in itertools.product(methods, activations):
+        checked_grid(weights, bits, method, "channel")
     jobs = [QuickJob(method, weights, bits, steps=steps) for bits in activations for method in methods]
     return [QuickJob("full precision", steps=steps), *jobs, QuickJob("real images", steps=steps)]
 
@@ -53,6 +57,8 @@ def compare(model: nn.Module, scheduler: SchedulerMixin, settings: Sequence[Sett
     (the floor), with columns of :class:`tdq_utils.lab.fid.Distances` and ``seconds`` (without calibration); the images of all but
     the last. TDQError: no more images than features (64), a calibration seed that is also evaluated."""
     chosen = checked_seeds(seeds)
+    for method, w, a in settings:
+        checked_grid(w, a, method, "channel")
     jobs: dict[Setting, QuickJob] = {("full precision", None, None): QuickJob("full precision", steps=steps)}
     jobs |= {(method, w, a): QuickJob(method, w or 0, a or 0, steps=steps) for method, w, a in settings}
     jobs["real images", None, None] = QuickJob("real images", steps=steps)

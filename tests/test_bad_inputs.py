@@ -86,6 +86,19 @@ refused("StepGenerator", "count", COUNTS, lambda w, bad: tdq.StepGenerator(hidde
 refused("StepGenerator", "share", (-0.1, 1.1, NAN, "half"), lambda w, bad: tdq.StepGenerator(dropout=bad))
 refused("FourierFeatures", "count", (*COUNTS[:7], 3), lambda w, bad: tdq.FourierFeatures(bad))
 
+# -- the layers that carry t, and bits over t
+temporal = lambda w, **how: tdq.quantize_temporal(w.tdq, w.scheduler, 2, progress=False, **how)  # noqa: E731
+refused("quantize_temporal", "bits", BITS[:7], lambda w, bad: temporal(w, weights=bad))
+refused("quantize_temporal", "name", NAMES[:3], lambda w, bad: temporal(w, how=bad))
+refused("quantize_temporal", "count", COUNTS[:4], lambda w, bad: temporal(w, iterations=bad))
+refused("quantize_temporal", "other model", ("unet",), lambda w, bad: tdq.quantize_temporal(w.unet, w.scheduler, 2), "quantized")
+refused("cache_temporal", "bits", BITS[:6], lambda w, bad: tdq.cache_temporal(w.tdq, w.scheduler, 2, bad))
+refused("cache_temporal", "name", NAMES[:3], lambda w, bad: tdq.cache_temporal(w.tdq, w.scheduler, 2, choose=bad))
+refused("cache_temporal", "steps", STEPS[:4], lambda w, bad: tdq.cache_temporal(w.tdq, w.scheduler, bad))
+refused("temporal_errors", "other model", ("unet",), lambda w, bad: tdq.temporal_errors(w.unet, w.scheduler, 2), "quantized")
+refused("Precisions", "bits", (0, 9, 2.5, "8"), lambda w, bad: tdq.Precisions(w.table, [bad], profile=w.profile))
+refused("Precisions", "bits", ([],), lambda w, bad: tdq.Precisions(w.table, bad, profile=w.profile), "none")
+
 # -- models and files by name
 refused(
     "load_model", "name", ("nothing", "/no/such/folder", "a/b/c", "no/such\0name", 3, None), lambda w, bad: tdq.load_model(bad)
@@ -370,7 +383,7 @@ WITHOUT = {
     "headline": "shows a table that the kit has measured",
     "styled": "shows a table of pandas, which says itself what it lacks",
     **dict.fromkeys(("DataError", "TDQError"), "what is raised"),
-    **dict.fromkeys(("NAMES", "METHODS", "RULES"), "names, no function"),
+    **dict.fromkeys(("NAMES", "METHODS", "NEIGHBOURS", "RULES"), "names, no function"),
     **dict.fromkeys(("tables", "plots", "profile_plots", "channel_plots", "result_plots", "widgets"), "draw what was measured"),
     **dict.fromkeys(("reproduce", "bench"), "by their commands"),
     "command demo": "takes a folder alone",

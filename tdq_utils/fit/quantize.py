@@ -111,7 +111,7 @@ def check_plain(model: Any, what: str) -> None:
 def checked_grid(weights: int | None, activations: int | None, method: str, weights_per: str,
                  balance: str | None = None) -> Grid | None:  # fmt: skip
     """The grid of the weights, from what :func:`quantize` takes. TDQError: it would refuse one of these."""
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise TDQError(f"method must be one of {', '.join(METHODS)}; got {method!r}.")
     if weights_per not in ("channel", "tensor"):
         raise TDQError(f"weights_per must be 'channel' or 'tensor'; got {weights_per!r}.")

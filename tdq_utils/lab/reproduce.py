@@ -134,8 +134,8 @@ class Workbench:
         if self.engine == "integer" and self.device.type != "cpu":
             raise TDQError(f"engine='integer' runs on the CPU; this model is on {self.device}. Pass --engine compiled, or "
                            "hide the GPU: CUDA_VISIBLE_DEVICES= .")  # fmt: skip
-        for steps in {job.steps for job in jobs}:
-            timesteps(self.scheduler, steps, self.model)
+        for job in jobs:
+            timesteps(self.scheduler, job.steps, self.model)
         if len(self.seeds) <= (width := feature_extractor(self.features, self.device).num_features):
             raise TDQError(f"images must exceed the {width} features of the {self.features}; got {len(self.seeds)}.")
         noise = {repeat * SEEDS + seed for repeat in {job.repeat for job in jobs} for seed in self.seeds}

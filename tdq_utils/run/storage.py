@@ -150,6 +150,8 @@ def _build(settings, tensors):
     for name, parameter in model.named_parameters():  # some may have been kept in another
         parameter.data = parameter.data.to(tensors[name].dtype if name in tensors else dtype)
     rebuild(model, settings, tensors)
+    if bool(settings.get("packed")) != any(name.endswith(".packed") for name in tensors):
+        raise ValueError(f"packed must be what the tensors are, got {settings.get('packed')!r}")
     for name, layer in quantized_layers(model).items():
         if f"{name}.packed" in tensors:
             tensors[f"{name}.levels"] = unpack(tensors.pop(f"{name}.packed"), layer.weight.shape)

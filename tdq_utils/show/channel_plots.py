@@ -50,7 +50,7 @@ def channel_bars(x: torch.Tensor, d: torch.Tensor, t: Sequence[float], step: int
 def time_and_channels(table: pd.DataFrame, ax: Axes | None = None) -> FigureBase:
     """Gain over time against gain over channels, a point a layer (:func:`tdq_utils.fit.decomposition.decompose`)."""
     ax = axes_of(ax, 5.4, 4.2)
-    end = 1.05 * max(table.time_db.max(), table.channels_db.max(), 0.1)
+    end = 1.15 * max(table.time_db.max(), table.channels_db.max(), 0.1)
     ax.plot([0, end], [0, end], color="0.5", lw=1, ls=":")
     ax.scatter(table.time_db, table.channels_db, color=PALETTE[0], s=22)
     ax.plot(table.time_db.median(), table.channels_db.median(), "X", color=COLOURS["mse"], ms=11, label="median")
@@ -78,5 +78,5 @@ def balance_points(table: pd.DataFrame, ax: Axes | None = None) -> FigureBase:
     ax.set_xticks(range(len(bits)), bits)
     ax.set(ylabel="FCD (lower is better)", ylim=(0, None))
     ax.grid(False, axis="x")
-    ax.legend(fontsize=8, ncols=2)
+    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     return ax.figure

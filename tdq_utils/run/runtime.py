@@ -208,7 +208,7 @@ class RowQuantizer(nn.Module):
         super().__init__()
         self.now, self.column, self.step = now, column, step
 
-    def interval(self, x: torch.Tensor, balanced: bool) -> tuple[torch.Tensor, ...]:
+    def interval(self, x: torch.Tensor, balanced: bool = False) -> tuple[torch.Tensor, ...]:
         """Step size, least and greatest level, counted from the value 0; they broadcast to ``x``."""
         s, least, greatest = self.now[:, self.column].unbind()
         return (s, least, greatest) if self.step is None else self.step.interval(x, least, greatest, balanced)

@@ -12,7 +12,7 @@ from tdq_utils.denoiser.call import device_of, follow, now, predict
 from tdq_utils.denoiser.loading import weights_at_hand
 from tdq_utils.denoiser.record import Calls
 from tdq_utils.denoiser.recording import check_names
-from tdq_utils.errors import check
+from tdq_utils.errors import TDQError, check
 from tdq_utils.fit.calibration_set import CalibrationSet, check_data
 from tdq_utils.fit.layers import QuantizedLayer, SplitQuantizer, blank_balance, search_weight_step
 from tdq_utils.fit.quantize import checked_state, full_precision, quantized_layers
@@ -63,8 +63,8 @@ def sampled_inputs(model: nn.Module, data: CalibrationSet | Calls, names: Sequen
                    batch_size: int = 16, vectors: int = VECTORS) -> dict[str, Tensor]:  # fmt: skip
     """Vectors of the input of layers in full precision, drawn at random: ``"t vector channel"`` float32, on the CPU.
 
-    ``vectors``: of each call, fewer where all would take more than ``ROOM``. TDQError: names of no layer, no calls or those of
-    another model, counts below 1.
+    ``vectors``: of each call, fewer where all would take more than ``ROOM``. TDQError: names of no layer, or of one that does not
+    run; no calls or those of another model; counts below 1.
     """
     check("count", batch_size=batch_size, vectors=vectors)
     check_names(model, names)
@@ -78,8 +78,8 @@ def sampled_inputs(model: nn.Module, data: CalibrationSet | Calls, names: Sequen
     def keep(name):
         def hook(layer, args):
             x = args[0].detach()
-            x = (x if isinstance(layer, nn.Linear) else x.movedim(1, -1)).reshape(-1, args[0].shape[_axis(layer)])
-            widths[name] = x.shape[1]
+            x = x if isinstance(layer, nn.Linear) else x.movedim(1, -1)
+            x, widths[name] = x.reshape(-1, x.shape[-1]), x.shape[-1]
             most = max(1, min(vectors, ROOM // (4 * calls * sum(widths.values()))))
             rows = torch.randint(len(x), (most,), generator=generator)
             kept[name][now().values[0]].append(x[rows.to(x.device)].float().cpu())
@@ -94,11 +94,10 @@ def sampled_inputs(model: nn.Module, data: CalibrationSet | Calls, names: Sequen
         finally:
             for handle in handles:
                 handle.remove()
+    if idle := [name for name in names if not kept[name]]:
+        raise TDQError(f"Every layer must run in the calls that are given; {idle[0]} does not. Leave it in full precision: "
+                       "quantize(model, keep=[*kept_layers(model), ...]), or give calls in which it runs.")  # fmt: skip
     return {name: _stacked(at_t) for name, at_t in kept.items()}
-
-
-def _axis(layer):
-    return -1 if isinstance(layer, nn.Linear) else 1
 
 
 def _stacked(at_t):

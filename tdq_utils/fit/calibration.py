@@ -32,10 +32,8 @@ from tdq_utils.method.generator import StepGenerator, unit_of
 from tdq_utils.method.grid import Grid, mse_step, squared_error
 from tdq_utils.method.step_sizes import LearnedStep, StaticStep, StepSize, TableStep
 
-OPTIONS = dict(
-    iterations="count", rate="positive", momentum="share", follow="share", percentile="percent", depth="count", hidden="count"
-)
-OPTIONS |= dict(dropout="share")
+OPTIONS = dict(iterations="count", rate="positive", momentum="share", follow="share", percentile="percent")
+OPTIONS |= dict(depth="count", hidden="count", dropout="share")  # of generators
 
 
 def calibrate(model: nn.Module, scheduler: Any = None, seeds: int | Iterable[int] | None = None, steps: int | None = None,
@@ -51,7 +49,7 @@ def calibrate(model: nn.Module, scheduler: Any = None, seeds: int | Iterable[int
         scheduler, seeds, steps: a short way to ``data``, as for :func:`tdq_utils.denoiser.sampling.sample` (default: 64 images,
             20 steps); of ``options``, ``batch_size``, ``condition``, ``guidance`` and others of ``sample`` belong to it, too.
         method: a key of ``CHOOSERS``, which says what each does, or of ``DYNAMIC``; default: that of ``quantize``.
-        data: the :class:`tdq_utils.fit.calibration_set.CalibrationSet` to run the model on, or the inputs of a recording.
+        data: a ``CalibrationSet``, or the inputs of a recording, to run the model on; the only way where channels are balanced.
         profile: of this model, instead of data; beside it where ``reconstruct`` or ``weights_method`` needs samples.
         reconstruct: for "learned" and "tdq", the error that is descended: of each layer's ``"input"``, or after that
             of each ``"block"``'s output or of the predicted ``"noise"`` (:func:`tdq_utils.fit.reconstruction.refine`).
@@ -66,15 +64,11 @@ def calibrate(model: nn.Module, scheduler: Any = None, seeds: int | Iterable[int
     state = checked_state(model)
     check_eval(model)
     method = state.method if method is None else method
-    making = dict(seeds=seeds, steps=steps, **{name: options.pop(name, None) for name in SAMPLING})
-    making = {key: value for key, value in making.items() if value is not None}
+    making = dict(seeds=seeds, steps=steps) | {name: options.pop(name, None) for name in SAMPLING}
     _check(state, method, reconstruct, weights_method, options, shifted)
     samples, chooses = bool(weights_method) or reconstruct != "input", method not in DYNAMIC and state.activations is not None
-    if state.balance and profile is not None:
-        raise TDQError("A balanced model is calibrated on calls: no profile has ranges after balancing; got a profile. Pass "
-                       "data: a CalibrationSet, or recorded.inputs of record(model, inputs=n).")  # fmt: skip
     source = _source(model, scheduler, making, data, profile, samples or bool(state.balance), chooses, progress)
-    grids = balance_layers(model, source, shifted, progress=progress) if state.balance else None
+    grids = balance_layers(model, source, shifted, progress=progress) if state.balance else {}
     if weights_method:
         reconstruction.adaround(model, source, progress=progress)
     skewed = method == "ptq4dm" and profile is None and getattr(source, "at", "") == "skewed"  # then t has its weight already
@@ -82,7 +76,7 @@ def calibrate(model: nn.Module, scheduler: Any = None, seeds: int | Iterable[int
     keep_too(model, profile.carries_t if profile else (), "measured: gets one vector a sample, so t or pooled conditions")
     if chooses:
         _choose(model, CHOOSERS["mse" if skewed else method], profile, shifted, progress, options, grids)
-    elif method in DYNAMIC and state.activations is not None:
+    elif state.activations is not None:
         _follow_input(model, method)
     state.method = method
     if reconstruct != "input":
@@ -118,6 +112,10 @@ def _check(state, method, reconstruct, weights_method, options, shifted):
 
 def _source(model, scheduler, making, data, profile, samples, chooses, progress):
     """The calibration set, given or made; ``None``: none is needed. What would be ignored, or is of another model, is refused."""
+    making = {key: value for key, value in making.items() if value is not None}
+    if profile is not None and checked_state(model).balance:
+        raise TDQError("A balanced model is calibrated on calls: no profile has ranges after balancing; got a profile. Pass "
+                       "data: a CalibrationSet, or recorded.inputs of record(model, inputs=n).")  # fmt: skip
     profiled = profile is not None and not samples
     unused = [*(making if data is not None or profiled else ()), *(["data"] if data is not None and profiled else ())]
     if unused:
@@ -158,12 +156,12 @@ def _follow_input(model, method):
             quantizer.step = dynamic_step(layer, method).eval()
 
 
-def _choose(model, chooser, profile, shifted, progress, options, grids=None):
+def _choose(model, chooser, profile, shifted, progress, options, grids):
     state, quantizers = checked_state(model), activation_quantizers(model)
     if missing := set(quantizers) - set(profile.layers):
         raise TDQError(f"profile must hold every quantized layer; {len(missing)} are missing, {min(missing)} among them. Record "
                        "all that run, and name those that do not: quantize(model, keep=[*kept_layers(model), ...]).")  # fmt: skip
-    problems = {name: _Problem(profile, name, state.activations, shifted, (grids or {}).get(name)) for name in quantizers}
+    problems = {name: _Problem(profile, name, state.activations, shifted, grids.get(name)) for name in quantizers}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.get("seed", 0))  # of weights and dropout
         names = tqdm(quantizers, desc="choose step sizes", disable=not progress, leave=False)
@@ -178,7 +176,7 @@ def _choose(model, chooser, profile, shifted, progress, options, grids=None):
 class _Problem:
     """One layer's activations over t, as weighted values: all that any method here looks at."""
 
-    def __init__(self, profile, layer, bits, shifted, grid=None):
+    def __init__(self, profile, layer, bits, shifted, grid):
         row, self.grid, self.t = profile.row(layer), grid or profile.grid(layer, bits, shifted), torch.from_numpy(profile.t)
         self.least, self.greatest = (torch.from_numpy(ends[row]).float() for ends in (profile.least, profile.greatest))
         self.best_steps = lambda: profile.best_steps(layer, self.grid)

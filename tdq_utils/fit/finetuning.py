@@ -55,13 +55,11 @@ def finetune(model: nn.Module, scheduler: Any, images: torch.Tensor | Calls, met
             ``recorded.inputs`` of a pipeline: then the loss is the error against full precision, and no scheduler is needed.
         method: for activations: ``"pact"``, ``"lsq"``, ``"nipq"`` (:mod:`tdq_utils.method.rules`) with a learned constant a
             layer; ``"tdq"``, ``"tdq-pact"``, ``"tdq-nipq"``: with a generator s(t) instead. Steps of weights learn by LSQ.
-        weights, activations, split_skips, balance: as for ``quantize``. iterations, batch, warmup: of training. clip: gradient
-            norm.
+        weights, activations, split_skips, balance: of ``quantize``. iterations, batch, warmup, clip: of training. decay: PACT's.
         rate: of weights and of the logarithms of their steps. step_rate: relative to it, of the logarithms of activations'
             constants, and of the factor of each s(t) (:meth:`tdq_utils.method.generator.StepGenerator.learn_scale`; 0: none).
-        generator_rate, balance_rate: relative to ``rate``, of generators' networks, and of the logarithms of the balance (0: it
-            stays as measured). ema_decay: of the average that the model ends as.
-        distill: share of the loss that is the error against the full-precision prediction, 0 to 1. decay: of PACT's alpha.
+        generator_rate, balance_rate: relative to ``rate``, of generators' networks and of the balance's logarithms (0: it stays).
+        ema_decay: of the average that the model ends as. distill: share (0 to 1) of the loss that is against full precision.
         condition: as for ``sample``, a row an image; calibration samples with the first. For guidance, let some be the null one.
         out: folder for the state, saved every minute; a run found there goes on, bit for bit. calibration: of ``calibrate``.
 
@@ -77,8 +75,7 @@ def finetune(model: nn.Module, scheduler: Any, images: torch.Tensor | Calls, met
     try:
         calibrate(model, scheduler, progress=progress, seed=seed, **_seen(calibration, condition, images))
         _learn(model, partial(pact, decay=decay) if rule == "pact" else RULES[rule], step_rate > 0)
-        optimizer = torch.optim.AdamW(_groups(model, rate, step_rate, generator_rate, balance_rate))
-        trainer = Trainer(model, optimizer, ema_decay, path, clip)
+        trainer = Trainer(model, _optimizer(model, rate, step_rate, generator_rate, balance_rate), ema_decay, path, clip)
         loss_of = _loss(model, scheduler, images, batch, teacher, distill, condition)
         rate_of = lambda i: min((i + 1) / warmup, (1 + math.cos(math.pi * i / iterations)) / 2)  # noqa: E731
         losses = trainer.run(loss_of, rate_of, iterations, seed, "finetune", progress)
@@ -196,8 +193,8 @@ def _learned(model):
     return steps + [(layer, "balance") for layer in layers if layer.balance is not None]
 
 
-def _groups(model, rate, step_rate, generator_rate, balance_rate):
-    """Parameter groups: weights; what decides on step sizes, without decay, at rates of its own."""
+def _optimizer(model, rate, step_rate, generator_rate, balance_rate):
+    """AdamW over groups of parameters: weights; what decides on step sizes, without decay, at rates of its own."""
     weights, balances = ([layer.parametrizations[name].original for layer, name in _learned(model) if name == kind]
                          for kind in ("weight_step", "balance"))  # fmt: skip
     activations = [named for q in activation_quantizers(model).values() for named in q.step.named_parameters()]
@@ -205,7 +202,6 @@ def _groups(model, rate, step_rate, generator_rate, balance_rate):
     networks = [parameter for name, parameter in activations if name not in ("log_s", "log_scale")]
     ids = {id(parameter) for parameter in weights + balances + logarithms + networks}
     others = [parameter for parameter in model.parameters() if id(parameter) not in ids]
-    rates = (weights, rate), (logarithms, rate * step_rate), (networks, rate * generator_rate)
-    rates = *rates, (balances, rate * balance_rate)
+    rates = ((weights, rate), (balances, rate * balance_rate), (logarithms, rate * step_rate), (networks, rate * generator_rate))
     groups = [dict(params=others, rate=rate), *(dict(params=part, rate=own, weight_decay=0.0) for part, own in rates)]
-    return [group for group in groups if group["params"]]
+    return torch.optim.AdamW([group for group in groups if group["params"]])

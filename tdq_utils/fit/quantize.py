@@ -72,8 +72,8 @@ def quantize(model: Any, weights: int | None = 8, activations: int | None = 8, m
             What cannot be quantized (subclasses, computed weights) is left, too; ``model.quantization.kept`` says why.
         weights_per: ``"channel"`` (output channel) or ``"tensor"``. split_skips: give the two halves of a concatenated skip
             input quantizers of their own, for activations and weights (Q-Diffusion, Li et al. 2023).
-        balance: divide each channel of a layer's input by a factor, and multiply its weights with it, so that one interval serves
-            all channels: a rule of :mod:`tdq_utils.method.balance`, ``True`` for "range". ``calibrate`` measures the factors.
+        balance: divide channels of inputs by factors that ``calibrate`` measures and folds into the weights, so that one interval
+            serves all: a rule of :mod:`tdq_utils.method.balance`, ``True`` for "range".
         search: look for the step sizes of weights; ``False``: leave them at 1, for a caller who has them.
 
     TDQError: bits outside 2..8, unknown method, a pattern that names no layer, weights that are not finite, a model that is
@@ -84,8 +84,7 @@ def quantize(model: Any, weights: int | None = 8, activations: int | None = 8, m
     grid = checked_grid(weights, activations, method, weights_per, balance)
     time_argument(model)
     chosen, kept = chosen_layers(model, keep)
-    splits = skip_splits(model) if split_skips else {}
-    added = {}
+    splits, added = skip_splits(model) if split_skips else {}, {}
     for name, layer in chosen.items():
         step, split = None, splits.get(name)
         if grid is not None:

@@ -134,6 +134,12 @@ class SoftRounding(nn.Module):
         return (1 - (2 * self.h - 1).abs().pow(beta)).mean()
 
 
+def sharpness(i: int, iterations: int) -> float | None:
+    """``beta`` of the penalty at iteration ``i``, from 20 to 2; ``None`` in the first fifth: first reconstruct, then decide."""
+    warm = iterations // 5
+    return None if i < warm else 2 + 18 * (1 - (i - warm) / max(1, iterations - warm))
+
+
 def adaround(model: nn.Module, data: CalibrationSet | Calls, iterations: int = 400, rate: float = 1e-2, batch_size: int = 16,
              weight: float = 0.01, seed: int = 0, progress: bool = True) -> list[float]:  # fmt: skip
     """Learn whether each weight is rounded up or down, by the outputs of blocks; activations stay in full precision.
@@ -144,15 +150,13 @@ def adaround(model: nn.Module, data: CalibrationSet | Calls, iterations: int = 4
     learned = {name: layer for name, layer in quantized_layers(model).items() if name not in checked_state(model).temporal}
     soft = [(layer, SoftRounding(layer)) for layer in learned.values() if layer.weight_grid is not None]
     activations = {layer: layer.activation for layer in quantized_layers(model).values()}
-    warm = iterations // 5
 
     def loss(batch, i):
         for layer, rounding in soft:
             layer.rounded = rounding.weight(rounding.h)
         error = _block_error(model, batch)
-        if i < warm:  # first reconstruct, then decide
+        if (beta := sharpness(i, iterations)) is None:
             return error
-        beta = 2 + 18 * (1 - (i - warm) / max(1, iterations - warm))
         return error + weight * torch.stack([rounding.penalty(beta) for _, rounding in soft]).mean()
 
     try:

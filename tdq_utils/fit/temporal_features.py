@@ -15,7 +15,7 @@ from tdq_utils.fit.calibration_set import CalibrationSet
 from tdq_utils.fit.layers import attach, detach, search_weight_step
 from tdq_utils.fit.loop import descend
 from tdq_utils.fit.quantize import checked_state, full_precision, quantized_layers, round_weights
-from tdq_utils.fit.reconstruction import SoftRounding
+from tdq_utils.fit.reconstruction import SoftRounding, sharpness
 from tdq_utils.fit.time_graph import TimeGraph
 from tdq_utils.method.grid import Grid
 
@@ -166,13 +166,11 @@ def _reconstruct(temporal, layers, iterations, rate, penalty, progress):
     soft = {name: SoftRounding(layer) for name, layer in layers.items()}
     of = lambda weights: squared_errors(temporal, temporal.outputs(weights)).sum()  # noqa: E731
     nearest = of({name: layer.quantized_weight() for name, layer in layers.items()}).clamp_min(1e-20)
-    warm = iterations // 5
 
     def loss(i):
         error = of({name: rounding.weight(rounding.h) for name, rounding in soft.items()}) / nearest
-        if i < warm:
+        if (beta := sharpness(i, iterations)) is None:
             return error
-        beta = 2 + 18 * (1 - (i - warm) / max(1, iterations - warm))
         return error + penalty * sum(rounding.penalty(beta) * rounding.v.numel() for rounding in soft.values())
 
     descend(loss, [rounding.v for rounding in soft.values()], iterations, rate, "reconstruct temporal features", progress)

@@ -22,12 +22,13 @@ SEARCHED = 512  # vectors that candidates are compared on
 
 
 @torch.no_grad()
-def balance(x: Tensor, weight: Tensor, bits: int, weight_bits: int | None, rule: str = "mse", shifted: bool = False,
+def balance(x: Tensor, weight: Tensor, bits: int, weight_bits: int | None, rule: str = "range", shifted: bool = False,
             groups: int = 1) -> tuple[Tensor, Grid]:  # fmt: skip
     """The factors ``d``, ``"channel"``, positive, of geometric mean 1, and the grid that suits ``x / d``.
 
     Candidates are compared by the squared error of the layer's output, channels taken as independent: that of activations,
     ``sum_c |W_c|^2 (x_c - x_hat_c)^2``, and that of weights, ``sum_c x_c^2 |W_c - W_hat_c|^2``, quantized per output channel.
+    Channels are not independent: with 4-bit weights "mse", which has exponents to choose from, can be worse than "range".
 
     Args:
         x: inputs of the layer at each t, ``"t vector channel"``. weight: ``"out in ..."``; ``groups``: of a convolution.
@@ -37,7 +38,7 @@ def balance(x: Tensor, weight: Tensor, bits: int, weight_bits: int | None, rule:
             is one: d lets both ends of a channel fit, and the share of the grid below 0 is searched for.
     """
     if rule not in tuple(RULES):
-        raise TDQError(f"balance must be one of {', '.join(RULES)}, or True for 'mse'; got {rule!r}.")
+        raise TDQError(f"balance must be one of {', '.join(RULES)}; got {rule!r}.")
     if x.dim() != 3 or weight.dim() < 2 or x.shape[2] != groups * weight.shape[1]:
         raise TDQError(f"balance takes inputs (t, vector, channel) and weights (out, in, ...) of as many channels; got "
                        f"{tuple(x.shape)} and {tuple(weight.shape)} in {groups} groups. Reshape them.")  # fmt: skip

@@ -112,8 +112,7 @@ class Runner(Compiled):
     def load_layer(mine: Any, layer: QuantizedLayer) -> None:
         """Give ``mine``, which :meth:`make_layer` made, the weights of another quantized layer."""
         mine.rounded.copy_(layer.quantized_weight())
-        if layer.balance is not None:
-            mine.balance.copy_(layer.balance)
+        mine.balance = None if layer.balance is None else layer.balance.detach().clone()
         if layer.bias is not None:
             mine.bias.copy_(layer.bias)
 

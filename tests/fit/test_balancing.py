@@ -125,3 +125,11 @@ def test_training_starts_from_the_balance_and_may_move_it(unet, scheduler, data,
     same = [torch.allclose(a, layer.balance, rtol=1e-5) for a, layer in zip(measured, layers, strict=True)]
     assert len(losses) == 3 and (not any(same) if moves else all(same))
     restore(unet)
+
+
+def test_a_layer_that_does_not_run_is_named(unet, data, monkeypatch):
+    quantize(unet, 8, 5, "mse", balance=True)
+    resnet = unet.mid_block.resnets[0]
+    monkeypatch.setattr(resnet, "forward", lambda x, *others: x)
+    with pytest.raises(TDQError, match=r"Every layer must run in the calls .* mid_block\.resnets\.0\.conv1 does not"):
+        calibrate(unet, data=data, progress=False)

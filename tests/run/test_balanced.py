@@ -77,6 +77,17 @@ def test_a_runner_takes_over_the_factors_of_another_model(unet, scheduler, data)
         assert torch.equal(sample(runner, scheduler, **HOW), sample(afresh, scheduler, **HOW))
 
 
+def test_a_runner_takes_over_a_model_that_is_not_balanced(unet, scheduler, data):
+    freeze(balanced(unet, data), scheduler, 4)
+    runner = Runner(unet, scheduler, 4, compiled=False)
+    restore(unet)
+    quantize(unet, 4, 5, "table")
+    calibrate(unet, data=data, progress=False)
+    freeze(unet, scheduler, 4)
+    runner.load(unet)
+    assert torch.equal(sample(runner, scheduler, **HOW), sample(unet, scheduler, **HOW))
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("options", [dict(), dict(method="mse"), dict(split_skips=True), dict(weights=8)], ids=str)
 def test_folders_hold_the_factors(unet, scheduler, data, x, tmp_path, packed, options):

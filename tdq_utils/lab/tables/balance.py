@@ -10,7 +10,7 @@ from tdq_utils.lab.tables.ptq import Job
 BITS = ((8, 5), (4, 4), (8, 6), (4, 5), (8, 4))
 HEADLINE = BITS[:2]  # these get a third repeat
 METHODS, BY_INPUT = ("mse", "table", "tdq"), ("dynamic-sample", "dynamic-token")
-ELSEWHERE = ((8, 5), (8, 6), (4, 5), (8, 4))  # the table of post-training quantization has the rows that are not balanced
+ELSEWHERE = ((8, 5), (8, 6), (4, 5), (8, 4))  # ptq.csv has the rows that are not balanced, but for those per token
 RULES = ("smooth", "ptq4dit", "mse")  # beside "range", tried once at the headline bits
 
 
@@ -35,12 +35,12 @@ def balance_jobs(repeats: int = 2) -> list[BalanceJob]:
         for w, a in BITS if repeat < repeats else HEADLINE:
             base = BalanceJob("", w, a, repeat, rule="range")
             jobs += [replace(base, method=method) for method in METHODS]
-            if (w, a) not in ELSEWHERE:
-                jobs += [replace(base, method=method, rule="-") for method in METHODS]
+            jobs += [replace(base, method=method, rule="-") for method in METHODS if (w, a) not in ELSEWHERE]
             learned = [replace(base, method=method, weights_method="adaround") for method in ("mse", "tdq")]
             jobs += learned if (w, a) == HEADLINE[1] else []
             last += learned if w < 8 and (w, a) != HEADLINE[1] else []
-            last += [replace(base, method=method, rule=rule) for method in BY_INPUT for rule in ("range", "-")]
+            last += [replace(base, method=method) for method in BY_INPUT]
+            last += [replace(base, method=method, rule="-") for method in BY_INPUT[(w, a) in ELSEWHERE :]]
     jobs += [BalanceJob("mse", w, a, rule=rule) for w, a in HEADLINE for rule in RULES]
     return jobs + last
 

@@ -25,6 +25,11 @@ def test_what_is_alike_everywhere_is_of_levels():
     assert max(gains(errors(NOISE, 5))) < 0.15
 
 
+def test_with_few_vectors_chance_is_worth_half_a_decibel_of_both():
+    """As a report says of its own."""
+    assert 0.3 < gains(errors(NOISE[:, :512], 5))[2] < 0.7
+
+
 def test_both_is_more_than_each_alone():
     time, channels, both = gains(errors(NOISE * SIZES * SIZES[2:, None, None], 4))
     assert both > max(time, channels) + 1

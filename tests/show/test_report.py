@@ -119,6 +119,9 @@ def test_the_json_has_the_numbers_that_are_shown(made):
     assert [row[1:] for row in page.table("Share of")[1:]] == [
         [f"{100 * row['removed']:.1f}", f"{100 * row['removed_se']:.1f}"] for row in found["gains"]
     ]
+    assert [row[1:] for row in page.table("Balanced: share")[1:]] == [
+        [f"{100 * row['removed']:.1f}", f"{100 * row['removed_se']:.1f}"] for row in found["balanced"]
+    ]
     rows = {row[0]: row[1:] for row in page.table("By how many dB")[1:]}
     for row in found["channels"]:
         assert rows[row["layer"]] == [f"{row[name]:.1f}" for name in ("time_db", "channels_db", "both_db")]

@@ -82,7 +82,7 @@ def flow_matching_loss(model: nn.Module, images: torch.Tensor, labels: torch.Ten
     return F.mse_loss(velocity.float(), target)
 
 
-def train_dit(out: str | Path, iterations: int = 8000, batch: int = 128, seed: int = 0, ema_decay: float = 0.999,
+def train_dit(out: str | Path, iterations: int = 8000, batch: int = 64, seed: int = 0, ema_decay: float = 0.999,
               root: str | Path | None = None) -> Path:  # fmt: skip
     """Train the shipped transformer on the 60,000 labelled training images; resume if ``out`` holds a run.
 
